@@ -1,0 +1,1 @@
+"""Aligning language models in JAX: objectives, updates and sampling as pure functions."""

@@ -1,0 +1,1 @@
+"""Algorithms: each a Batch and a `make_loss(model, ...)`."""

@@ -1,0 +1,1 @@
+"""Language models as `Model`s: the shipped transformer and adapters for any other network."""

@@ -1,0 +1,1 @@
+"""Rewards with the signature `reward(prompts, completions, **columns) -> list[float]`."""

@@ -1,0 +1,1 @@
+"""Batched autoregressive sampling over token ids."""

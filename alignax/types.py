@@ -1,0 +1,116 @@
+"""The few shapes everything agrees on: a mean not yet divided, a model as four functions, a loss function.
+
+Importing this module touches no device. Array axes, everywhere in the library: `B` rows, `T` tokens of a row, `D`
+model width, `V` vocabulary, `G` samples of one prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+Array = jax.Array
+Params = Any  # a pytree of arrays; for the shipped models nested dicts
+Cache = Any  # its layout is the model's own business
+Scalar = float | int | Array  # a hyperparameter: a Python number or a traced array
+
+
+class Mean(NamedTuple):
+    """A mean not yet divided. Parts from micro-batches, devices and processes add up field by field, exactly."""
+
+    total: Array  # float32 []
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride]  # float32 []
+
+    def value(self) -> Array:
+        """total / count, and 0 (with a zero gradient) where nothing was counted."""
+        safe = jnp.where(self.count == 0, 1.0, self.count)
+        return jnp.where(self.count == 0, 0.0, self.total / safe)
+
+
+class Max(NamedTuple):
+    """A maximum over micro-batches, devices and processes: for metrics such as the largest ratio."""
+
+    largest: Array  # float32 []
+
+    def value(self) -> Array:
+        """The maximum itself."""
+        return self.largest
+
+
+class Term(NamedTuple):
+    """One summand of a loss: `weight * mean.total / mean.count`, the count taken over the whole batch."""
+
+    weight: Scalar
+    mean: Mean
+
+
+class Hidden(NamedTuple):
+    """What a model's body returns: final states before the head, the cache (None without one), auxiliary losses."""
+
+    states: Float[Array, "B T D"]
+    cache: Cache
+    aux: dict[str, Array]
+
+
+class Model(NamedTuple):
+    """A language model as pure functions. Nothing outside `alignax.models` knows more about a network than this.
+
+    init: `(key) -> params`.
+    hidden: `(params, tokens [B, T], segments [B, T], *, positions=None, parents=None, cache=None, key=None) -> Hidden`.
+      Token i sees j <= i of the same segment (0 is padding) or of its parent segment. With a cache, `positions [B, T]`
+      also name the cache slots the tokens are written to, and token i sees every slot up to its own position.
+    logits: `(params, states [..., D]) -> [..., V]`, float32.
+    init_cache: `(batch, length) -> cache`, empty.
+    config: what saving, planning and FLOP counts need; adapters may leave it None.
+    """
+
+    init: Callable[..., Params]
+    hidden: Callable[..., Hidden]
+    logits: Callable[[Params, Array], Array]
+    init_cache: Callable[[int, int], Cache]
+    config: Any = None
+
+
+class Response(NamedTuple):
+    """One side of a pair, or an unpaired answer, as log-probabilities aligned with its tokens.
+
+    logp, ref_logp: log-probabilities under the policy and the frozen reference (None for reference-free losses).
+    mask: which tokens are the response's own. extra: what single losses need beyond that (see their docstrings).
+    """
+
+    logp: Float[Array, "B T"]
+    ref_logp: Float[Array, "B T"] | None
+    mask: Array  # [B, T]
+    extra: dict[str, Array] = {}  # noqa: RUF012  (never written to)
+
+    @property
+    def sum(self) -> Float[Array, " B"]:
+        """log p(response | prompt): the sum over the response's tokens."""
+        return _masked_sum(self.logp, self.mask)
+
+    @property
+    def ref_sum(self) -> Float[Array, " B"]:
+        """The same under the reference, a constant to differentiation; zeros when there is no reference."""
+        if self.ref_logp is None:
+            return jnp.zeros(self.logp.shape[:-1], jnp.float32)
+        return jax.lax.stop_gradient(_masked_sum(self.ref_logp, self.mask))
+
+    @property
+    def length(self) -> Float[Array, " B"]:
+        """The number of response tokens."""
+        return jnp.sum(self.mask.astype(jnp.float32), axis=-1)
+
+    @property
+    def mean(self) -> Float[Array, " B"]:
+        """The average log-probability of a response token, 0 for an empty response."""
+        return self.sum / jnp.maximum(self.length, 1.0)
+
+
+LossFn = Callable[[Params, Any, Any, dict[str, Scalar]], tuple[dict[str, Term], dict[str, Mean | Max]]]
+
+
+def _masked_sum(x: Array, mask: Array) -> Array:
+    # `where`, not a product: a NaN or an infinity under the mask must reach neither the value nor the gradient.
+    return jnp.sum(jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0), axis=-1)
