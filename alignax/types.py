@@ -112,5 +112,7 @@ LossFn = Callable[[Params, Any, Any, dict[str, Scalar]], tuple[dict[str, Term], 
 
 
 def _masked_sum(x: Array, mask: Array) -> Array:
-    # `where`, not a product: a NaN or an infinity under the mask must reach neither the value nor the gradient.
-    return jnp.sum(jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0), axis=-1)
+    # `where`, not a product: a NaN or an infinity under the mask must reach neither the value nor the gradient. The
+    # floor keeps a token of probability 0 from turning the row's loss and gradient into NaN.
+    x = jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0)
+    return jnp.sum(jnp.maximum(x, -1e4), axis=-1)

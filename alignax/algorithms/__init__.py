@@ -1,1 +1,5 @@
-"""Algorithms: each a Batch and a `make_loss(model, ...)`."""
+"""Algorithms: each a `Batch` and a `make_loss(model, ...)` for `alignax.train.make_update`."""
+
+from alignax.algorithms import grpo as grpo
+from alignax.algorithms import preference as preference
+from alignax.algorithms import sft as sft

@@ -1,0 +1,137 @@
+"""Where arrays live: a mesh, ordered rules for parameters, rows over the data axis.
+
+A rule is `(regex, PartitionSpec)`; the first whose regex is found in a leaf's path ("layers/attn/q/kernel") decides.
+Optimizer state follows the same rules, because its paths end in the paths of the parameters. Axes that a rule names
+and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+    """A mesh with named axes over all devices: `make_mesh(data=-1, model=2)`; one size may be -1, for what is left.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    known = math.prod(size for size in axes.values() if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in axes.values()]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"make_mesh: axes {axes} do not multiply to {len(devices)} devices")
+    return Mesh(np.array(devices).reshape(sizes), tuple(axes))
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """The `NamedSharding` of every leaf, by the first rule that matches its path.
+
+    Works on arrays and on shapes (`jax.eval_shape`). A leaf with fewer axes than its rule (a step counter, a factored
+    moment) is replicated.
+
+    Raises:
+      ValueError: when no rule matches a leaf, or an axis of it does not divide among the devices.
+    """
+
+    def place(path, leaf):
+        name = path_name(path)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                return NamedSharding(mesh, _fit(name, leaf.shape, spec, mesh))
+        raise ValueError(f"shardings: no rule matches {name!r}; rules: {[pattern for pattern, _ in rules]}")
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def born_sharded(fn: Callable, mesh: Mesh, rules: Rules) -> Callable:
+    """`fn` compiled so that every array it returns is created in its shards and no device ever holds a whole one.
+
+    `state = born_sharded(lambda key: TrainState.create(model.init(key), optimizer), mesh, rules)(key)`
+    """
+
+    def call(*args):
+        where = shardings(jax.eval_shape(fn, *args), mesh, rules)
+        return jax.jit(fn, out_shardings=where)(*args)
+
+    return call
+
+
+def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
+    """Puts a batch on the mesh, its rows over `axis`.
+
+    Raises:
+      ValueError: when the rows do not divide among the devices of that axis.
+    """
+
+    def put(path, leaf):
+        if leaf.shape[0] % mesh.shape[axis]:
+            raise ValueError(
+                f"shard_batch: batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows, which do not divide among "
+                f"{mesh.shape[axis]} devices of axis {axis!r}"
+            )
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axis)))
+
+    return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+    """A copy of every leaf on each device, under a new leading axis: the state that `jax.pmap` wants."""
+    devices = jax.local_devices() if devices is None else devices
+    sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))
+
+    def copies(x):
+        x = jax.numpy.asarray(x)
+        return jax.device_put(jax.numpy.broadcast_to(x, (len(devices), *x.shape)), sharding)
+
+    return jax.tree.map(copies, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of what `jax.pmap` returned."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def split_rows(batch: Any, devices: int) -> Any:
+    """Every leaf [B, ...] as [devices, B / devices, ...]: the batch that `jax.pmap` wants.
+
+    Raises:
+      ValueError: when the rows do not divide among the devices.
+    """
+
+    def split(path, leaf):
+        if leaf.shape[0] % devices:
+            raise ValueError(
+                f"split_rows: batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows for {devices} devices"
+            )
+        return leaf.reshape(devices, -1, *leaf.shape[1:])
+
+    return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path as "a/b/c"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    if len(spec) > len(shape):
+        return PartitionSpec()
+    entries = [_present(entry, mesh) for entry in spec]
+    for size, entry in zip(shape, entries):
+        parts = math.prod(mesh.shape[axis] for axis in entry)
+        if size % parts:
+            raise ValueError(f"shardings: {name!r} of shape {shape} does not divide by {parts} as {spec} asks")
+    return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
+
+
+def _present(entry: Any, mesh: Mesh) -> tuple[str, ...]:
+    axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    return tuple(axis for axis in axes if axis in mesh.shape)

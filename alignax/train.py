@@ -1,0 +1,185 @@
+"""One update step for every algorithm: micro-batches, exact accumulation, a guard against non-finite gradients.
+
+A loss function returns named terms, each a weight and a `Mean(total, count)`. The gradient is that of
+
+    sum over terms of  weight * (total over the whole batch) / (count over the whole batch),
+
+whatever the batch was split into. Counts depend on masks alone, so they are summed first (XLA drops the forward pass
+that would come with them); then each part's gradient is already divided rightly, and parts simply add up.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignax.types import Array, LossFn, Max, Mean, Params, Scalar, Term
+
+
+class TrainState(NamedTuple):
+    """What an update changes: arrays only, so that it can be donated, sharded and checkpointed as it is."""
+
+    step: Array  # int32 [], updates asked for
+    skipped: Array  # int32 [], of which left out because the gradient was not finite
+    params: Params
+    opt_state: optax.OptState
+    key: Array  # for the user's loop; an update leaves it alone
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation, key: Array | None = None) -> "TrainState":
+        """A state at step 0. `params` are used as they are: pass a copy if the state will be donated."""
+        zero = jnp.zeros((), jnp.int32)
+        key = jax.random.key(0) if key is None else key
+        return cls(zero, zero, params, optimizer.init(params), key)
+
+
+def make_update(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    statistics: Callable[..., dict[str, Mean | Max]] | None = None,
+    axis_name: str | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Makes `update(state, batch, frozen=None, hyper=None) -> (state, metrics)`, a pure function that the caller jits.
+
+    Args:
+      loss_fn: `(params, batch, frozen, hyper) -> ({name: Term}, {name: Mean or Max})`.
+      optimizer: any optax transformation.
+      microbatches: into how many parts the batch is split to save memory. The result is the same for any number.
+      statistics: `(params, batch, frozen, hyper) -> {name: Mean or Max}`, batch-coupled numbers that the loss needs as
+        constants. They are taken over the whole batch first and reach `loss_fn` as entries of `hyper`.
+      axis_name: the axis of `jax.pmap` to sum over; None under `jax.jit`, where a sharded batch needs nothing.
+
+    Returns:
+      The update. Its `batch` is a pytree whose leaves lead with B; `frozen` holds weights that are not trained;
+      `hyper` is a dict of numbers, traced, so that changing one recompiles nothing. Its metrics are scalars: those of
+      the loss function, `loss`, `loss/NAME` of each term, `grad_norm` and `skipped` (1 for a step left out).
+
+    Raises:
+      ValueError: when a batch does not divide into the micro-batches.
+    """
+    if microbatches < 1:
+        raise ValueError(f"make_update: microbatches={microbatches}; expected at least 1")
+
+    def update(state: TrainState, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
+        parts = _split(batch, microbatches)
+        hyper = dict(hyper or {})
+        if statistics is not None:
+            found = _over_parts(lambda part: statistics(state.params, part, frozen, hyper), parts, axis_name)
+            hyper |= {name: jax.lax.stop_gradient(value.value()) for name, value in found.items()}
+
+        def count(part):
+            terms, _ = loss_fn(state.params, part, frozen, hyper)
+            return {name: Mean(jnp.zeros(()), term.mean.count) for name, term in terms.items()}
+
+        counts = {name: mean.count for name, mean in _over_parts(count, parts, axis_name).items()}
+
+        def part_loss(params, part):
+            terms, metrics = loss_fn(params, part, frozen, hyper)
+            means = {name: Mean(term.mean.total, counts[name]) for name, term in terms.items()}
+            loss = sum(term.weight * means[name].value() for name, term in terms.items())
+            return loss, (terms, metrics)
+
+        grads, terms, metrics = _accumulate(part_loss, state.params, parts, axis_name)
+        losses = {name: term.mean.value() for name, term in terms.items()}
+        report = {name: value.value() for name, value in metrics.items()}
+        report |= {f"loss/{name}": value for name, value in losses.items()}
+        report["loss"] = jnp.asarray(sum(terms[name].weight * value for name, value in losses.items()))
+        return _apply(state, grads, optimizer, report)
+
+    return update
+
+
+def minibatches(key: Array, batch: Any, count: int) -> Iterator[Any]:
+    """Yields `count` minibatches of one fresh permutation of the batch's rows: one epoch over a rollout.
+
+    Raises:
+      ValueError: when the rows do not divide evenly.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if count < 1 or rows % count:
+        raise ValueError(f"minibatches: {rows} rows do not divide into {count} minibatches of one size")
+    for chosen in jax.random.permutation(key, rows).reshape(count, -1):
+        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
+
+
+def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
+    """(1 - rate) * average + rate * params, leaf by leaf: a reference that follows the policy.
+
+    rate 1 copies, 0 keeps. Averages with a rate below 1e-3 need float32 (bfloat16 rounds such steps away).
+    """
+
+    def mix(old: Array, new: Array) -> Array:
+        return ((1 - rate) * old.astype(jnp.float32) + rate * new.astype(jnp.float32)).astype(old.dtype)
+
+    return jax.tree.map(mix, average, params)
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """Every leaf [B, ...] as [parts, B / parts, ...], strided: a contiguous split of a sharded batch would gather it."""
+
+    def split(path, leaf):
+        if leaf.shape[0] % parts:
+            raise ValueError(
+                f"update: batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows, which do not divide into "
+                f"microbatches={parts}"
+            )
+        return leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree_util.tree_map_with_path(split, batch)
+
+
+def _over_parts(fn: Callable, parts: Any, axis_name: str | None) -> dict[str, Any]:
+    """A dict of Mean, Max or Term from each part, combined over all parts and devices."""
+    return _combine(jax.lax.map(fn, parts), axis_name)
+
+
+def _combine(stacked: dict[str, Any], axis_name: str | None) -> dict[str, Any]:
+    def combine(value):
+        if isinstance(value, Term):
+            return Term(value.weight[0], combine(value.mean))
+        if isinstance(value, Max):
+            return Max(_pmax(jnp.max(value.largest), axis_name))
+        return Mean(*(_psum(jnp.sum(x), axis_name) for x in value))
+
+    return {name: combine(value) for name, value in stacked.items()}
+
+
+def _accumulate(part_loss: Callable, params: Params, parts: Any, axis_name: str | None):
+    """Gradients (float32) summed over parts and devices, with the terms and metrics of all of them."""
+    grad = jax.grad(part_loss, has_aux=True)
+
+    def add(total, part):
+        grads, aux = grad(params, part)
+        terms, metrics = aux
+        terms = {name: Term(jnp.asarray(term.weight, jnp.float32), term.mean) for name, term in terms.items()}
+        return jax.tree.map(lambda a, g: a + g.astype(jnp.float32), total, grads), (terms, metrics)
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    grads, (terms, metrics) = jax.lax.scan(add, zeros, parts)
+    grads = jax.tree.map(lambda g: _psum(g, axis_name), grads)
+    return grads, _combine(terms, axis_name), _combine(metrics, axis_name)
+
+
+def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, report: dict[str, Array]):
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(report["loss"])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = 1 - finite.astype(jnp.int32)
+    report |= {"grad_norm": norm, "skipped": skipped.astype(jnp.float32)}
+    return TrainState(state.step + 1, state.skipped + skipped, params, opt_state, state.key), report
+
+
+def _psum(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+
+def _pmax(x: Array, axis_name: str | None) -> Array:
+    return x if axis_name is None else jax.lax.pmax(x, axis_name)
