@@ -8,13 +8,13 @@ and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules = Sequence[tuple[str, PartitionSpec]]
+Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:

@@ -68,7 +68,8 @@ def make_update(
         parts = _split(batch, microbatches)
         hyper = dict(hyper or {})
         if statistics is not None:
-            found = _over_parts(lambda part: statistics(state.params, part, frozen, hyper), parts, axis_name)
+            measure = statistics
+            found = _over_parts(lambda part: measure(state.params, part, frozen, hyper), parts, axis_name)
             hyper |= {name: jax.lax.stop_gradient(value.value()) for name, value in found.items()}
 
         def count(part):
@@ -119,7 +120,7 @@ def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
 
 
 def _split(batch: Any, parts: int) -> Any:
-    """Every leaf [B, ...] as [parts, B / parts, ...], strided: a contiguous split of a sharded batch would gather it."""
+    """Every leaf [B, ...] as [parts, B / parts, ...]; strided: a contiguous split of a sharded batch would gather it."""
 
     def split(path, leaf):
         if leaf.shape[0] % parts:
@@ -140,7 +141,7 @@ def _over_parts(fn: Callable, parts: Any, axis_name: str | None) -> dict[str, An
 def _combine(stacked: dict[str, Any], axis_name: str | None) -> dict[str, Any]:
     def combine(value):
         if isinstance(value, Term):
-            return Term(value.weight[0], combine(value.mean))
+            return Term(jnp.asarray(value.weight)[0], combine(value.mean))
         if isinstance(value, Max):
             return Max(_pmax(jnp.max(value.largest), axis_name))
         return Mean(*(_psum(jnp.sum(x), axis_name) for x in value))

@@ -4,7 +4,7 @@ Importing this module touches no device. Array axes, everywhere in the library: 
 model width, `V` vocabulary, `G` samples of one prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +108,7 @@ class Response(NamedTuple):
         return self.sum / jnp.maximum(self.length, 1.0)
 
 
-LossFn = Callable[[Params, Any, Any, dict[str, Scalar]], tuple[dict[str, Term], dict[str, Mean | Max]]]
+LossFn = Callable[[Params, Any, Any, dict[str, Scalar]], tuple[dict[str, Term], Mapping[str, Mean | Max]]]
 
 
 def _masked_sum(x: Array, mask: Array) -> Array:
