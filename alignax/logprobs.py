@@ -20,11 +20,10 @@ from alignax.types import Array, Model, Params, Scalar
 class Scores(NamedTuple):
     """Per-token results of `score`, aligned with `tokens` and 0 where nothing was predicted; None if not wanted."""
 
-    # pyright: reportAssignmentType=false
     logp: Float[Array, "B T"]
-    entropy: Float[Array, "B T"] = None  # of the whole distribution, in nats
-    correct: Float[Array, "B T"] = None  # 1.0 where the token is a most likely one
-    logits: Float[Array, "B T"] = None  # the mean logit over the vocabulary
+    entropy: Float[Array, "B T"] = None  # pyright: ignore  # of the whole distribution, in nats
+    correct: Float[Array, "B T"] = None  # pyright: ignore  # 1.0 where the token is a most likely one
+    logits: Float[Array, "B T"] = None  # pyright: ignore  # the mean logit over the vocabulary
     aux: dict[str, Array] = {}  # noqa: RUF012  what the model's body returned beside its states
 
 

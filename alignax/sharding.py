@@ -8,16 +8,16 @@ and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules: TypeAlias = Sequence[tuple[str, PartitionSpec]]
+Rules = Sequence[tuple[str, PartitionSpec]]
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None, **axes: int) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     """A mesh with named axes over all devices: `make_mesh(data=-1, model=2)`; one size may be -1, for what is left.
 
     Raises:
@@ -82,7 +82,7 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
     return jax.tree_util.tree_map_with_path(put, batch)
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
+def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
     """A copy of every leaf on each device, under a new leading axis: the state that `jax.pmap` wants."""
     devices = jax.local_devices() if devices is None else devices
     sharding = NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec("device"))

@@ -120,7 +120,7 @@ def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
 
 
 def _split(batch: Any, parts: int) -> Any:
-    """Every leaf [B, ...] as [parts, B / parts, ...]; strided: a contiguous split of a sharded batch would gather it."""
+    """Leaves [B, ...] as [parts, B / parts, ...]; strided, since a contiguous split of a sharded batch gathers it."""
 
     def split(path, leaf):
         if leaf.shape[0] % parts:
