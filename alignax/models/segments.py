@@ -1,0 +1,31 @@
+"""Who sees whom, and at which position: everything about packed rows and shared prompts, in two functions.
+
+`segments [B, T]` is 0 for padding and k >= 1 for the k-th packed part of a row; `parents [B, T]` is, for each token,
+the segment that its own one continues (0 for none), so that one prompt can serve many completions.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Int
+
+from alignax.types import Array
+
+
+def segment_positions(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
+    """The index of each token in its own segment, counted on from the length of its parent; 0 on padding."""
+    before = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool), -1)[None]
+    positions = jnp.sum(before & _same(segments, segments), axis=-1, dtype=jnp.int32)
+    if parents is not None:
+        positions += jnp.sum(_same(parents, segments), axis=-1, dtype=jnp.int32)
+    return jnp.where(segments != 0, positions, 0)
+
+
+def segment_visibility(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Bool[Array, "B T T"]:
+    """[b, i, j]: token i sees j <= i when segments[j] == segments[i] or segments[j] == parents[i], never padding."""
+    seen = _same(segments, segments)
+    if parents is not None:
+        seen |= _same(parents, segments)
+    return seen & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))[None]
+
+
+def _same(left: Array, right: Array) -> Array:
+    return (left[:, :, None] == right[:, None, :]) & (right != 0)[:, None, :]
