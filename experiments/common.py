@@ -1,0 +1,243 @@
+"""What every script needs around its loop: an optimizer, an output folder with metrics and curves, and plain printing.
+
+Nothing here knows an algorithm. The loop itself, with its data, sampling and updates, stays in the script.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+# What is left of the peak learning rate after the fraction p of the decay.
+_DECAYS: dict[Schedule, Callable[[jax.Array], jax.Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda p: 1.0 - p,
+    "cosine": lambda p: 0.5 * (1.0 + jnp.cos(jnp.pi * p)),
+}
+
+
+def make_schedule(
+    learning_rate: float, *, steps: int, warmup: int = 0, schedule: Schedule = "constant", final: float = 0.0
+) -> optax.Schedule:
+    """learning_rate * min(1, (s + 1) / warmup) * (final + (1 - final) * decay(p)), p = (s - warmup) / (steps - warmup).
+
+    s counts updates from 0 and p is cut to [0, 1]: the first update of a warm-up moves already, the peak is reached
+    with update number `warmup`, and the rate would be `final * learning_rate` one update after the last.
+
+    Args:
+      learning_rate: the peak.
+      steps: the number of updates of the whole run.
+      warmup: the number of updates over which the rate rises, 0 for none.
+      schedule: the shape of the decay.
+      final: what the decay ends on, as a fraction of the peak.
+
+    Raises:
+      ValueError: when the warm-up does not fit into the run.
+    """
+    if not 0 <= warmup <= steps:
+        raise ValueError(f"make_schedule: warmup={warmup}; expected 0 to steps={steps}")
+    decay = _DECAYS[schedule]
+
+    def rate(count):
+        step = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1.0) / max(warmup, 1))
+        progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return learning_rate * rise * (final + (1.0 - final) * decay(progress))
+
+    return rate
+
+
+def decay_mask(params: Any) -> Any:
+    """True for the leaves that weight decay shrinks: all but biases and the scales of norms.
+
+    Judged by name, not by rank: layers are stacked, so a norm's scale may be [L, D] and a bias [L, H * hd]. Embeddings
+    decay, as in the Hugging Face trainer, whose results ours are compared with.
+    """
+
+    def decays(path: Sequence[Any], leaf: Any) -> bool:
+        del leaf
+        names = [str(getattr(entry, "key", getattr(entry, "name", entry))).lower() for entry in path]
+        return not (names[-1].endswith(("bias", "scale")) or any("norm" in name for name in names))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    steps: int,
+    warmup: int = 0,
+    schedule: Schedule = "constant",
+    final: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """AdamW on gradients clipped to a global norm, with the schedule of `make_schedule` and the mask of `decay_mask`.
+
+    `max_grad_norm` 0 clips nothing. "Decoupled Weight Decay Regularization", Loshchilov and Hutter, arXiv:1711.05101.
+    """
+    rate = make_schedule(learning_rate, steps=steps, warmup=warmup, schedule=schedule, final=final)
+    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
+    return optax.chain(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
+
+
+def to_host(tree: Any) -> Any:
+    """The same tree with numpy arrays for device arrays: one transfer, which waits for the device."""
+    return jax.device_get(tree)
+
+
+class Run:
+    """The output folder of a run: config.json, metrics.jsonl, TensorBoard scalars, curves.png, and the progress bar.
+
+    ```
+    run = Run(config.output, config, total=config.steps, show=("loss",))     # refuses a folder that holds something
+    with run:                                                              # the first thing written
+        for step in range(config.steps):
+            state, metrics = update(state, batch)
+            run.log(step, metrics)                                         # waits for the device, once
+    ```
+    Create it before anything costly, enter it before the loop. The picture is drawn when the block ends, whether the
+    run finished, failed or was interrupted. On several processes only the first one writes.
+
+    Args:
+      folder: where to write; it must not exist, or be empty.
+      config: a dataclass, recorded in config.json.
+      total: the number of steps the progress bar expects.
+      show: names of the metrics beside the progress bar.
+      curves: names of the metrics in curves.png; empty for all that were logged, the first twelve.
+
+    Raises:
+      ValueError: when the folder holds something or is no folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        config: Any,
+        *,
+        total: int,
+        show: Sequence[str] = (),
+        curves: Sequence[str] = (),
+    ):
+        self.folder = pathlib.Path(folder)
+        self.history: dict[str, list[tuple[int, float]]] = {}
+        self._config, self._total, self._show, self._curves = config, total, show, curves
+        self._writes = jax.process_index() == 0
+        if self._writes and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"output folder {self.folder} exists and is not empty; name a new one, or remove it")
+
+    def __enter__(self) -> "Run":
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            record = {"command": sys.argv, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+            record["config"] = dataclasses.asdict(self._config)
+            (self.folder / "config.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+            self._lines = (self.folder / "metrics.jsonl").open("w")
+            self._board = SummaryWriter(str(self.folder))
+        self._bar = tqdm(total=self._total, disable=not self._writes, dynamic_ncols=True)
+        return self
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Records one step's scalars and returns them as floats. One line, on disk at once; non-finite becomes null.
+
+        Warns:
+          RuntimeWarning: when a metric is NaN or infinite, naming the step and the metric.
+        """
+        values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self.history.setdefault(name, []).append((step, value))
+        if self._writes:
+            line = {name: value if name in finite else None for name, value in values.items()}
+            self._lines.write(json.dumps({"step": step} | line) + "\n")
+            self._lines.flush()
+            for name, value in finite.items():
+                self._board.add_scalar(name, value, step)
+        self._bar.set_postfix({n: format_number(values[n]) for n in self._show if n in values}, refresh=False)
+        self._bar.update()
+        if len(finite) < len(values):
+            bad = ", ".join(f"{name} = {value}" for name, value in values.items() if name not in finite)
+            warnings.warn(f"step {step}: not finite: {bad}", RuntimeWarning, stacklevel=2)
+        return values
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        if self._writes:
+            self._lines.close()
+            self._board.close()
+            names = [name for name in self._curves or sorted(self.history) if name in self.history]
+            save_curves(self.folder / "curves.png", {name: self.history[name] for name in names[:12]})
+
+
+def save_curves(path: str | pathlib.Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws each named list of (x, y) points in a panel of its own, three to a row. Nothing to draw writes nothing."""
+    if not curves:
+        return
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.6 * rows), layout="constrained")
+    for panel, (name, points) in enumerate(curves.items(), start=1):
+        axes = figure.add_subplot(rows, columns, panel)
+        xs, ys = np.transpose(points)
+        axes.plot(xs, ys, linewidth=1.2, marker="." if len(points) < 30 else "")
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def print_samples(title: str, prompts: Sequence[str], completions: Sequence[str], *, width: int = 160) -> None:
+    """Prints each prompt with its completion on one line of at most `width` characters of either, newlines escaped."""
+    print(f"--- {title}")
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(f"  {_one_line(prompt, width)} >>> {_one_line(completion, width)}")
+
+
+def _one_line(text: str, width: int) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def format_number(value: Any) -> str:
+    """An integer or a text as it is, any other number with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float | np.floating | jax.Array) else str(value)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of named cells as aligned plain text: a header, a rule, one line each. The first row names the columns.
+
+    Raises:
+      ValueError: when there are no rows, or one names other columns than the first.
+    """
+    if not rows:
+        raise ValueError("table: no rows; expected at least one, which names the columns")
+    header = list(rows[0])
+    for index, row in enumerate(rows):
+        if list(row) != header:
+            raise ValueError(f"table: row {index} has columns {list(row)}; expected {header}, those of row 0")
+    cells = [header] + [[format_number(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    # Text to the left, numbers to the right.
+    left = [all(isinstance(row[name], str) for row in rows) for name in header]
+    lines = [
+        "  ".join(cell.ljust(w) if is_left else cell.rjust(w) for cell, w, is_left in zip(line, widths, left)).rstrip()
+        for line in cells
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
