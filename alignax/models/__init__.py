@@ -1,9 +1,9 @@
 """Language models as `Model`s: the shipped transformer and adapters for any other network."""
 
+from alignax.models.config import TransformerConfig as TransformerConfig
 from alignax.models.rope import LinearScaling as LinearScaling
 from alignax.models.rope import Llama3Scaling as Llama3Scaling
 from alignax.models.segments import segment_positions as segment_positions
 from alignax.models.segments import segment_visibility as segment_visibility
 from alignax.models.transformer import RULES as RULES
-from alignax.models.transformer import TransformerConfig as TransformerConfig
 from alignax.models.transformer import transformer as transformer
