@@ -1,18 +1,16 @@
 """What a row means: the field's formats, each a function from a `Row` to an `Example`, a `Pair` or a `Prompt`.
 
-`parse` picks the format by the columns of the first row, or takes the one it is given. The prompt and the completions of
-a row are all texts, or all lists of messages. Columns that a format does not use stay with the row, for rewards and
-weights.
+`parse` picks the format by the columns of the first row, or takes the one it is given. The prompt and the completions
+of a row are all texts, or all lists of messages. Columns that a format does not use stay with the row, for rewards
+and weights.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any, NamedTuple
 
-from alignax.data.messages import Content, read_content, read_messages, read_text, said
+from alignax.data.messages import Content, read_content, read_messages, read_text, said, shared_length
 from alignax.data.rows import BadRow, Row, collect
 
 
@@ -91,9 +89,9 @@ def prompts(row: Row) -> Prompt:
 def pairs(row: Row, *, marker: str = "\n\nAssistant:") -> Pair:
     """`chosen`, `rejected`, and a prompt, explicit (`prompt`, or ShareGPT's `conversations`) or implicit.
 
-    In messages, what chosen and rejected both start with belongs to the prompt; it may repeat the explicit one. In texts
-    without an explicit prompt, the prompt is what both start with up to the last `marker`, as in hh-rlhf; texts that
-    share no marker are refused, since where their prompt ends would be a guess.
+    In messages, what chosen and rejected both start with belongs to the prompt; it may repeat the explicit one. In
+    texts without an explicit prompt, the prompt is what both start with up to the last `marker`, as in hh-rlhf; texts
+    that share no marker are refused, since where their prompt ends would be a guess.
     """
     explicit = next(([name] for name in ("prompt", "conversations") if name in row.fields), [])
     (chosen, rejected, *given), columns = _take(row, "chosen", "rejected", *explicit)
@@ -102,19 +100,23 @@ def pairs(row: Row, *, marker: str = "\n\nAssistant:") -> Pair:
     if chosen == rejected:
         raise BadRow(row.where, "chosen equals rejected")
     if isinstance(chosen, list) and isinstance(rejected, list):
-        shared = [a for a, _ in takewhile(lambda sides: sides[0] == sides[1], zip(chosen, rejected))]
-        chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
+        common = shared_length(chosen, rejected)
+        shared, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
         before = [said("user", prompt)] if isinstance(prompt, str) else prompt or []
         repeated = before == shared[: len(before)] or prompt in [message["content"] for message in shared]
         prompt = shared if repeated else before + shared
     elif prompt is None:
         if not isinstance(chosen, str) or not isinstance(rejected, str):
-            raise BadRow(row.where, "wrong type", "without a prompt, chosen and rejected are both texts or both messages")
-        common = os.path.commonprefix([chosen, rejected])
+            raise BadRow(
+                row.where, "wrong type", "without a prompt, chosen and rejected are both texts or both messages"
+            )
+        common = chosen[: shared_length(chosen, rejected)]
         end = common.rfind(marker) + len(marker) if marker in common else 0
         prompt, chosen, rejected = common[:end], chosen[end:], rejected[end:]
     if not prompt:
-        raise BadRow(row.where, "no prompt", f"no prompt column, and chosen and rejected share no message or {marker!r}")
+        raise BadRow(
+            row.where, "no prompt", f"no prompt column, and chosen and rejected share no message or {marker!r}"
+        )
     prompt, (chosen, rejected) = _match(row, prompt, chosen, rejected)
     return Pair(row.where, prompt, chosen, rejected, columns)
 

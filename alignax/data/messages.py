@@ -4,6 +4,7 @@ Reads OpenAI's `role`/`content`, ShareGPT's `from`/`value`, and contents given a
 calls, names) stay, since chat templates may use them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from alignax.data.rows import BadRow, Row
@@ -21,6 +22,11 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+
+
+def shared_length(left: Sequence, right: Sequence) -> int:
+    """How many leading entries two sequences have in common."""
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
 def said(role: str, content: str) -> Message:

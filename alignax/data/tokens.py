@@ -1,0 +1,176 @@
+"""Rows as token ids: one prompt, its completions, and the mask of what is trained on.
+
+A prompt has the same ids here as when it is sampled from: BOS where the tokenizer itself puts one, then the text. A
+completion continues exactly these ids. Texts are never searched for special tokens: a literal `</s>` in a text is five
+characters, not the end of the row; in messages, where the template's special tokens must count, it is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignax.data import chat
+from alignax.data.formats import Example, Pair, Prompt
+from alignax.data.messages import Content
+from alignax.data.rows import BadRow
+from alignax.data.truncation import refuse
+
+Tokenizer = Any  # a transformers.PreTrainedTokenizerFast
+Truncate = Callable[[str, int, int], slice]
+
+
+class TokenRow(NamedTuple):
+    """A training row: ids and, of the same length, whether to train on each."""
+
+    tokens: np.ndarray  # int32 [T]
+    mask: np.ndarray  # bool [T]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+
+class TokenPair(NamedTuple):
+    """Two training rows with one prompt."""
+
+    chosen: TokenRow
+    rejected: TokenRow
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of the longer side."""
+        return max(self.chosen.length, self.rejected.length)
+
+
+class TokenPrompt(NamedTuple):
+    """A prompt's ids, the prompt itself and what else the reward is given."""
+
+    tokens: np.ndarray  # int32 [P]
+    prompt: Content
+    columns: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, no special token among them: neither added nor parsed."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Content, *, where: str = "prompt") -> list[int]:
+    """The ids to sample from: BOS, if the tokenizer adds one, and the text; or the messages, up to the reply."""
+    if not isinstance(prompt, str):
+        return chat.encode(tokenizer, prompt, reply=True, where=where)
+    return _bos(tokenizer) + encode_text(tokenizer, prompt)
+
+
+def encode_texts(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """The ids of a prompt, as `encode_prompt` has them, and those of the completion that follows it.
+
+    Where the ids of the prompt begin those of the two together, the completion's are the rest of these (as in TRL).
+    Where a token would span the border (`"2 + 2 ="`, `"= 4"`), they are the completion's own, as it would follow a
+    line end or a letter: the prompt keeps the ids it is sampled from, and no space comes in (SentencePiece adds one).
+    """
+    head = encode_text(tokenizer, prompt)
+    rest = _after(head, encode_text(tokenizer, prompt + completion))
+    anchors = iter("a\n" if completion[:1].isspace() else "\na")
+    while rest is None and (anchor := next(anchors, None)):
+        rest = _after(encode_text(tokenizer, anchor), encode_text(tokenizer, anchor + completion))
+    return _bos(tokenizer) + head, encode_text(tokenizer, completion) if rest is None else rest
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    added = tokenizer("").input_ids  # what the tokenizer puts around a text: BOS, and with some an EOS, not wanted here
+    return [i for i in added[:1] if i == tokenizer.bos_token_id]
+
+
+def _after(head: list[int], whole: list[int]) -> list[int] | None:
+    return whole[len(head) :] if whole[: len(head)] == head else None
+
+
+def tokenize_example(
+    tokenizer: Tokenizer,
+    example: Example,
+    *,
+    limit: int,
+    truncate: Truncate = refuse,
+    eos: bool = True,
+    every_turn: bool = False,
+) -> TokenRow:
+    """The training row of an example, at most `limit` tokens.
+
+    Args:
+      tokenizer: of transformers; messages need its chat template.
+      example: from `parse`.
+      limit: the most tokens a row may have.
+      truncate: one of `truncation`, applied to longer rows.
+      eos: whether rows end with the tokenizer's EOS, trained on; a template that closes the turn itself, with EOS or
+        another special token, is left as it is.
+      every_turn: for messages, whether the assistant's earlier messages are trained on too.
+
+    Raises:
+      BadRow: too long, nothing left to train on, or what `chat.encode_turns` refuses.
+    """
+    row = _whole(tokenizer, example.where, example.prompt, example.completion, eos=eos, every_turn=every_turn)
+    (row,) = _shorten(example.where, [row], limit, truncate)
+    return row
+
+
+def tokenize_pair(
+    tokenizer: Tokenizer, pair: Pair, *, limit: int, truncate: Truncate = refuse, eos: bool = True
+) -> TokenPair:
+    """The two training rows of a pair, at most `limit` tokens each; arguments and errors of `tokenize_example`."""
+    sides = [_whole(tokenizer, pair.where, pair.prompt, side, eos=eos) for side in (pair.chosen, pair.rejected)]
+    if np.array_equal(sides[0].tokens, sides[1].tokens):
+        raise BadRow(pair.where, "chosen equals rejected", "their tokens are the same")
+    chosen, rejected = _shorten(pair.where, sides, limit, truncate)
+    if np.array_equal(chosen.tokens, rejected.tokens):
+        raise BadRow(pair.where, "nothing left", f"chosen and rejected are equal once cut to {limit} tokens")
+    return TokenPair(chosen, rejected)
+
+
+def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt, *, limit: int, truncate: Truncate = refuse) -> TokenPrompt:
+    """The ids of a prompt, at most `limit`; arguments and errors of `tokenize_example`."""
+    ids = encode_prompt(tokenizer, prompt.prompt, where=prompt.where)
+    if len(ids) > limit:
+        ids = ids[truncate(prompt.where, len(ids), limit)]
+    if not ids:
+        raise BadRow(prompt.where, "empty prompt", "it has no tokens")
+    return TokenPrompt(np.array(ids, np.int32), prompt.prompt, prompt.columns)
+
+
+def _whole(
+    tokenizer: Tokenizer, where: str, prompt: Content, completion: Content, *, eos: bool, every_turn: bool = False
+) -> TokenRow:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        head, rest = encode_texts(tokenizer, prompt, completion)
+        ids, mask = head + rest, [False] * len(head) + [True] * len(rest)
+    elif isinstance(prompt, list) and isinstance(completion, list):
+        first = 0 if every_turn else len(prompt)
+        ids, mask = chat.encode_turns(tokenizer, prompt + completion, first=first, where=where)
+    else:
+        raise TypeError(f"{where}: prompt and completion must both be texts or both be messages")
+    trained = [i for i, on in zip(ids, mask) if on]
+    if eos and not (trained and trained[-1] in chat.special_tokens(tokenizer)):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("eos=True, but the tokenizer has no eos_token; set one, or pass eos=False")
+        ids, mask = ids + [tokenizer.eos_token_id], mask + [True]
+    return TokenRow(np.array(ids, np.int32), np.array(mask, bool))
+
+
+def _shorten(where: str, rows: list[TokenRow], limit: int, truncate: Truncate) -> list[TokenRow]:
+    longest = max(row.length for row in rows)
+    kept = truncate(where, longest, limit) if longest > limit else slice(0, longest)
+    # The first token is predicted from nothing; and what a pair shares is its prompt, which must not be cut away.
+    prompt = min(int(np.argmax(row.mask)) for row in rows)
+    if len(rows) > 1 and kept.start >= prompt:
+        raise BadRow(where, "nothing left", f"of {limit} tokens none is the prompt's beside the longer completion")
+    rows = [TokenRow(row.tokens[kept], row.mask[kept] & (np.arange(row.length)[kept] > kept.start)) for row in rows]
+    if not all(row.mask.any() for row in rows):
+        raise BadRow(where, "nothing left", f"no token to train on among the {limit} kept of {longest}")
+    return rows
