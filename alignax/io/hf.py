@@ -1,0 +1,241 @@
+"""Hugging Face folders in and out: safetensors, config.json, generation_config.json and the tokenizer.
+
+`load` gives a `Model` and its parameters, read tensor by tensor and straight into shards when there is a mesh; `save`
+writes a folder that transformers opens, under a temporary name until it is whole. Every tensor must be there, once, in
+its shape. Pickled weights are never opened and code from a folder is never run.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alignax.io import families, tensors
+from alignax.models.transformer import RULES, TransformerConfig, transformer
+from alignax.sharding import Rules, shardings
+from alignax.types import Model, Params
+
+_HUB_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Buffers that old versions of transformers saved and that follow from config.json.
+_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+class Loaded(NamedTuple):
+    """What a folder holds. tokenizer: None without tokenizer files; config, generation: its two JSON files as dicts."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+
+
+def load(
+    folder_or_id: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = None,
+    remat: Callable[..., Any] | None = None,
+    revision: str | None = None,
+) -> Loaded:
+    """A model from a local folder, or from a repository of the Hugging Face hub ("owner/name").
+
+    dtype: of the parameters, whatever the folder stores. compute_dtype: what the model computes in, `dtype` if None.
+    remat: see `TransformerConfig`. mesh, rules: where parameters live; the transformer's own rules if only a mesh is
+    given. revision: branch, tag or commit on the hub. With both a single file and an index, the single file counts, as
+    in transformers. A tied model may store lm_head.weight, if it equals the embedding.
+
+    eos_ids come from generation_config.json, or else config.json, or else the tokenizer.
+
+    Raises:
+      ValueError: naming file, key or tensor: an architecture or option that is not supported, tensors that are
+        missing, not expected, of a wrong shape or dtype, weights that are pickled or incomplete.
+    """
+    if rules is not None and mesh is None:
+        raise ValueError("load: rules were given without a mesh")
+    folder = _find(folder_or_id, revision)
+    source = tensors.read_json(folder / "config.json")
+    path = folder / "generation_config.json"
+    generation = tensors.read_json(path) if path.is_file() else {}
+    try:
+        config = families.read_config(source, generation, dtype=dtype, compute_dtype=compute_dtype, remat=remat)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    model = transformer(config)
+    params = _read_params(folder, model, mesh, RULES if rules is None else rules)
+    tokenizer = _read_tokenizer(folder)
+    return Loaded(model, params, tokenizer, _eos_ids(generation, source, tokenizer), source, generation)
+
+
+def save(
+    folder: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Any = None,
+    *,
+    eos_ids: Sequence[int] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a folder that `load` and transformers open; parameters keep their dtype, bit for bit (NaN too).
+
+    For a model that came from `load`, config.json and generation_config.json keep what they had, under what
+    `model.config` says now. Otherwise the architecture follows from the configuration and the ids of special tokens
+    from `tokenizer`. eos_ids: what ends a generation, if not that. max_shard_bytes: larger models are written as
+    several files with an index. The folder appears when it is complete; a failure leaves nothing behind.
+
+    Raises:
+      ValueError: before anything is written, when the folder exists and is not empty, or when the parameters are not
+        those of the model.
+      TypeError: when the model is not the shipped transformer.
+    """
+    folder, config = Path(folder), model.config
+    if not isinstance(config, TransformerConfig):
+        raise TypeError(
+            f"save: model.config is {type(config).__name__}; only a TransformerConfig has a Hugging Face form"
+        )
+    if max_shard_bytes <= 0:
+        raise ValueError(f"save: max_shard_bytes={max_shard_bytes}; expected a positive number")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"save: {folder} exists and is not an empty folder")
+    leaves = _plan_params(model, params)
+    ids = _special_ids(config, tokenizer, eos_ids)
+    dtype = next(leaf.dtype for leaf in leaves if leaf.path.startswith("embed"))
+    written = families.write_config(config, dtype=dtype, ids=ids)
+    generation = config.generation if isinstance(config, families.FolderConfig) else {}
+    generation = {**ids, **generation, "eos_token_id": ids["eos_token_id"]}
+    with _appearing(folder) as partial:
+        _write_json(partial / "config.json", written)
+        _write_json(partial / "generation_config.json", generation)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        tensors.write(partial, leaves, jax.tree.leaves(params), max_shard_bytes)
+
+
+def _find(folder_or_id: str | Path, revision: str | None) -> Path:
+    path = Path(folder_or_id)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(folder_or_id)):
+        raise ValueError(f"{folder_or_id}: is neither a folder nor the name of a repository, such as 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(folder_or_id), revision=revision, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder_or_id}: there is no such folder here, and the Hugging Face hub did not give it: {error}"
+        ) from error
+
+
+def _read_params(folder: Path, model: Model, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    leaves = tensors.plan(shapes, families.tensor_names(model.config))
+    where = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh, rules))
+    with tensors.open_folder(folder) as found:
+        found = {name: tensor for name, tensor in found.items() if not _DERIVED.search(name)}
+        if model.config.tie_embeddings:
+            _drop_equal_head(folder, found)
+        tensors.check(folder, leaves, found)
+        arrays = [tensors.read(leaf, found, sharding) for leaf, sharding in zip(leaves, where)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def _drop_equal_head(folder: Path, found: dict[str, tensors.Tensor]) -> None:
+    head, embedding = found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight")
+    if head and embedding and not tensors.equal(head, embedding):
+        raise ValueError(
+            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
+            "tie_word_embeddings; set it to false to keep both"
+        )
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    # On import transformers warns that there is no PyTorch; tokenizers need none.
+    logging.getLogger("transformers").addFilter(_not_about_torch)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _not_about_torch(record: logging.LogRecord) -> bool:
+    return "PyTorch was not found" not in record.getMessage()
+
+
+def _eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    for ids in (generation.get("eos_token_id"), config.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)):
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+    return ()
+
+
+def _special_ids(config: TransformerConfig, tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:
+    generation, source = {}, {}
+    if isinstance(config, families.FolderConfig):
+        generation, source = config.generation, config.source
+    eos = _eos_ids(generation, source, tokenizer) if eos_ids is None else tuple(eos_ids)
+    # Written even when unknown: transformers would otherwise assume the ids of the original Llama.
+    ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "pad_token_id")}
+    ids |= {name: source[name] for name in ids if name in source}
+    return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
+
+
+def _plan_params(model: Model, params: Params) -> list[tensors.Leaf]:
+    names = families.tensor_names(model.config)
+    expected = tensors.plan(jax.eval_shape(model.init, jax.random.key(0)), names)
+    paths = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    }
+    different = sorted(paths ^ {leaf.path for leaf in expected})
+    if different:
+        raise ValueError(f"save: params are not the model's; only one of the two has {', '.join(different[:8])}")
+    leaves = tensors.plan(params, names)
+    for leaf, wanted in zip(leaves, expected):
+        if leaf.shape != wanted.shape or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"save: parameter {leaf.path!r} is {leaf.dtype} {leaf.shape}; expected floats of shape {wanted.shape}"
+            )
+    return leaves
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A sibling that takes the folder's place when the block ends well and vanishes when it does not."""
+    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
