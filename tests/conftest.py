@@ -1,7 +1,8 @@
-"""Settings every test shares. Tests that need several devices start a process of their own (see distributed_test.py)."""
+"""Settings every test shares. Tests that need several devices start a process of their own."""
 
 import os
 import pathlib
+import subprocess
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,3 +30,12 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"needs real models and data in {SHARED}, which is absent here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tracked():
+    """The files under version control, as paths from the root; the test is skipped outside a checkout."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("needs a git checkout")
+    return listing.stdout.strip("\0").split("\0")
