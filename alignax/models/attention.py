@@ -28,17 +28,20 @@ def attend(
 ) -> Float[Array, "B T H hd"]:
     """softmax(q k / sqrt(hd)) v over the visible slots: softmax in float32, divided after the product with v."""
     batch, length, heads, width = queries.shape
-    grouped = queries.reshape(batch, length, cache.keys.shape[1], -1, width)
-    scores = jnp.einsum("btkgd,bkds->bkgts", grouped, cache.keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * width**-0.5, UNSEEN)
+    grouped = queries.reshape(batch, length, cache.keys.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
+    scores = _matmul(grouped.reshape(*cache.keys.shape[:2], -1, width), cache.keys)
+    scores = scores.reshape(*grouped.shape[:-1], -1) * width**-0.5
+    scores = jnp.where(visible[:, None, None], scores, UNSEEN)
     # The shift by the maximum cancels in the quotient, so its derivative is zero and need not be computed.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = jnp.einsum(
-        "bkgts,bksd->bkgtd", weights.astype(cache.values.dtype), cache.values, preferred_element_type=jnp.float32
-    )
-    mixed = (mixed / total).astype(queries.dtype)
+    weights = weights.astype(cache.values.dtype).reshape(*cache.keys.shape[:2], -1, weights.shape[-1])
+    mixed = (_matmul(weights, cache.values).reshape(grouped.shape) / total).astype(queries.dtype)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
 def as_cache(keys: Float[Array, "B T KV hd"], values: Float[Array, "B T KV hd"]) -> LayerCache:
