@@ -33,7 +33,9 @@ def encode(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False, 
             raise BadRow(where, "special token in a message", f"the {message['role']}'s message contains {spelled}")
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
-    except Exception as error:  # jinja's errors, and whatever raise_exception in a template raises
+    except ImportError:  # jinja2 is missing: no fault of the row
+        raise
+    except Exception as error:  # a template is a program, and may fail in any way
         roles = [message["role"] for message in messages]
         raise BadRow(where, "template refused", f"messages of {roles}: {error}") from error
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
