@@ -1,8 +1,10 @@
 """What a sampler refuses, while it is traced: nothing here reaches the device or reads a value that is not known."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from alignax.types import Array, Model, Scalar
 
@@ -15,17 +17,8 @@ _RANGES = {
 }
 
 
-def arguments(
-    model: Model,
-    prompts: Array,
-    lengths: Array,
-    row_ids: Array | None,
-    *,
-    max_new_tokens: int,
-    group: int,
-    eos_ids: tuple[int, ...],
-) -> None:
-    """Checks everything but the settings of the distribution."""
+def static(*, max_new_tokens: Any, group: Any, eos_ids: Any) -> None:
+    """Checks what the compiled program is made for."""
     for name, count in (("max_new_tokens", max_new_tokens), ("group", group)):
         if not _is_int(count):
             raise TypeError(f"generate: {name}={count!r} ({type(count).__name__}); expected a static int")
@@ -35,6 +28,10 @@ def arguments(
         raise TypeError(f"generate: eos_ids={eos_ids!r}; expected a tuple of static ints, such as (2,)")
     if any(token < 0 for token in eos_ids):
         raise ValueError(f"generate: eos_ids={eos_ids}; expected ids of at least 0")
+
+
+def prompts(prompts: Array, lengths: Array, row_ids: Array | None, *, group: int) -> None:
+    """Checks shapes and dtypes, and the lengths where they are known."""
     _integers("prompts", prompts)
     if prompts.ndim != 2 or 0 in prompts.shape:
         raise ValueError(f"generate: prompts of shape {prompts.shape}; expected [B, P], neither of them 0")
@@ -42,15 +39,25 @@ def arguments(
     _integers("lengths", lengths)
     if lengths.shape != (batch,):
         raise ValueError(f"generate: lengths of shape {lengths.shape} for {batch} prompts; expected ({batch},)")
-    _lengths(lengths, width)
-    if row_ids is not None:
-        _integers("row_ids", row_ids)
-        if row_ids.shape != (batch * group,):
-            raise ValueError(
-                f"generate: row_ids of shape {row_ids.shape} for {batch} prompts in groups of {group}; "
-                f"expected ({batch * group},)"
-            )
-    _context(model, width, max_new_tokens)
+    if not isinstance(lengths, Tracer):
+        _lengths(np.asarray(lengths), width)
+    if row_ids is None:
+        return
+    _integers("row_ids", row_ids)
+    if row_ids.shape != (batch * group,):
+        raise ValueError(
+            f"generate: row_ids of shape {row_ids.shape} for {batch} prompts in groups of {group}; "
+            f"expected ({batch * group},)"
+        )
+
+
+def context(model: Model, width: int, max_new_tokens: int) -> None:
+    """Checks that rows fit the model, where it says what does."""
+    if model.config is not None and width + max_new_tokens > model.config.max_positions:
+        raise ValueError(
+            f"generate: prompts of width {width} and max_new_tokens={max_new_tokens} need {width + max_new_tokens} "
+            f"positions; expected at most the model's {model.config.max_positions}"
+        )
 
 
 def settings(rows: int, **values: Scalar) -> tuple[Array, ...]:
@@ -64,7 +71,7 @@ def _setting(rows: int, name: str, value: Scalar) -> Array:
         raise ValueError(f"generate: {name} of shape {np.shape(value)}; expected one number or ({rows},)")
     if dtype == jnp.int32:
         _integers(name, value)
-    if not isinstance(value, jax.core.Tracer):
+    if not isinstance(value, Tracer):
         known = np.asarray(value, np.float64)
         good = (known <= largest) & (known >= smallest if closed else known > smallest)
         if not np.all(good & np.isfinite(known)):
@@ -73,21 +80,10 @@ def _setting(rows: int, name: str, value: Scalar) -> Array:
     return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
 
-def _lengths(lengths: Array, width: int) -> None:
-    if isinstance(lengths, jax.core.Tracer):
-        return
-    known = np.asarray(lengths)
-    for row in np.flatnonzero((known < 1) | (known > width))[:1]:
-        why = "an empty prompt has nothing to continue (give it a BOS)" if known[row] < 1 else "it does not fit"
-        raise ValueError(f"generate: lengths[{row}]={known[row]}, expected 1 to {width}, the prompts' width: {why}")
-
-
-def _context(model: Model, width: int, max_new_tokens: int) -> None:
-    if model.config is not None and width + max_new_tokens > model.config.max_positions:
-        raise ValueError(
-            f"generate: prompts of width {width} and max_new_tokens={max_new_tokens} need {width + max_new_tokens} "
-            f"positions; expected at most the model's {model.config.max_positions}"
-        )
+def _lengths(lengths: np.ndarray, width: int) -> None:
+    for row in np.flatnonzero((lengths < 1) | (lengths > width))[:1]:
+        why = "an empty prompt has nothing to continue (give it a BOS)" if lengths[row] < 1 else "it does not fit"
+        raise ValueError(f"generate: lengths[{row}]={lengths[row]}, expected 1 to {width}, the prompts' width: {why}")
 
 
 def _integers(name: str, value: Scalar) -> None:
@@ -95,5 +91,5 @@ def _integers(name: str, value: Scalar) -> None:
         raise TypeError(f"generate: {name} of dtype {jnp.result_type(value)}; expected integers")
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -80,8 +80,10 @@ def generate(
       ValueError: for shapes that do not fit, numbers out of range, and rows longer than the model's context.
       TypeError: for ids or counts that are no integers.
     """
-    checks.arguments(model, prompts, lengths, row_ids, max_new_tokens=max_new_tokens, group=group, eos_ids=eos_ids)
+    checks.static(max_new_tokens=max_new_tokens, group=group, eos_ids=eos_ids)
+    checks.prompts(prompts, lengths, row_ids, group=group)
     batch, width = prompts.shape
+    checks.context(model, width, max_new_tokens)
     rows, size = batch * group, width + max_new_tokens
     settings = Settings(*checks.settings(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     row_ids = jnp.arange(rows, dtype=jnp.int32) if row_ids is None else row_ids

@@ -31,13 +31,12 @@ def prefill(
 ) -> tuple[Cache, Float[Array, "B V"]]:
     """A cache of `size` slots that holds the prompts, and the logits after the last token of each.
 
-    Padding is written into the slots behind the prompt; the completion overwrites each slot before it is first seen.
+    Without positions the tokens of a row go to its first slots. Padding goes into those behind the prompt; the
+    completion overwrites each of them before a token sees it.
     """
     batch, width = prompts.shape
-    columns = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
-    segments = (columns < lengths[:, None]).astype(jnp.int32)
-    cache = model.init_cache(batch, size)
-    hidden = model.hidden(params, prompts, segments, positions=columns, cache=cache)
+    segments = (jnp.arange(width)[None] < lengths[:, None]).astype(jnp.int32)
+    hidden = model.hidden(params, prompts, segments, cache=model.init_cache(batch, size))
     last = jnp.take_along_axis(hidden.states, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return hidden.cache, model.logits(params, last)
 

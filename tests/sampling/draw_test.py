@@ -12,12 +12,15 @@ from alignax.sampling import draw
 ALMOST_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
+categorical = jax.jit(draw.categorical)
+
+
 def drawn(p, uniform, limit=np.inf):
     with np.errstate(divide="ignore"):
         gap = np.log(np.max(p)) - np.log(np.asarray(p, np.float64))
     rows = len(uniform)
-    gap = jnp.broadcast_to(jnp.asarray(gap, jnp.float32), (rows, len(p)))
-    return np.asarray(draw.categorical(gap, jnp.full(rows, limit, jnp.float32), jnp.asarray(uniform, jnp.float32)))
+    gap = np.broadcast_to(gap.astype(np.float32), (rows, len(p)))
+    return np.asarray(categorical(gap, np.full(rows, limit, np.float32), np.asarray(uniform, np.float32)))
 
 
 @pytest.mark.parametrize("size", [2, 128, 129, 700])
@@ -76,14 +79,14 @@ def test_a_block_of_underflowing_weights_beside_the_best_token():
 def test_the_limit_is_kept():
     gap = jnp.broadcast_to(jnp.arange(400.0) / 100, (1000, 400))
     uniform = jax.random.uniform(jax.random.key(0), (1000, 2))
-    tokens = draw.categorical(gap, jnp.full(1000, 1.5), uniform)
+    tokens = categorical(gap, jnp.full(1000, 1.5), uniform)
     assert np.max(tokens) in range(140, 151)
-    assert np.all(draw.categorical(gap, jnp.zeros(1000), uniform) == 0)
+    assert np.all(categorical(gap, jnp.zeros(1000), uniform) == 0)
 
 
 def test_rows_without_a_distribution_still_give_a_token():
     gap = jnp.full((3, 200), jnp.nan)
-    assert draw.categorical(gap, jnp.full(3, jnp.inf), jnp.full((3, 2), 0.7)).tolist() == [0, 0, 0]
+    assert categorical(gap, jnp.full(3, jnp.inf), jnp.full((3, 2), 0.7)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])

@@ -28,16 +28,16 @@ def kept_by_sorting(logits, temperature, top_k, top_p, min_p):
     return kept & (p >= min_p)
 
 
-def kept(logits, temperature, top_k, top_p, min_p):
-    rows = logits.shape[0]
-    gap = transforms.gaps(jnp.asarray(logits), jnp.full(rows, temperature, jnp.float32))
-    limit = transforms.gap_limit(
-        gap,
-        top_k=jnp.full(rows, top_k, jnp.int32),
-        top_p=jnp.full(rows, top_p, jnp.float32),
-        min_p=jnp.full(rows, min_p, jnp.float32),
-    )
-    return np.asarray(gap <= limit[:, None])
+@jax.jit
+def filtered(logits, temperature, top_k, top_p, min_p):
+    gap = transforms.gaps(logits, temperature)
+    return gap, transforms.gap_limit(gap, top_k=top_k, top_p=top_p, min_p=min_p)
+
+
+def kept(logits, *setting):
+    dtypes = np.float32, np.int32, np.float32, np.float32
+    gap, limit = filtered(logits, *(np.full(len(logits), value, dtype) for value, dtype in zip(setting, dtypes)))
+    return np.asarray(gap) <= np.asarray(limit)[:, None]
 
 
 SETTINGS = [
@@ -92,9 +92,7 @@ def test_closed_form():
 def test_every_row_has_its_own_setting():
     logits = np.random.default_rng(2).normal(size=(4, 50)).astype(np.float32)
     settings = [(1.0, 0, 1.0, 0.0), (0.5, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (2.0, 20, 0.9, 0.3)]
-    temperature, top_k, top_p, min_p = (jnp.asarray(x) for x in zip(*settings))
-    gap = transforms.gaps(jnp.asarray(logits), temperature)
-    limit = transforms.gap_limit(gap, top_k=top_k, top_p=top_p, min_p=min_p)
+    gap, limit = map(np.asarray, filtered(logits, *(jnp.asarray(x) for x in zip(*settings))))
     expected = [kept_by_sorting(row, *setting) for row, setting in zip(logits, settings)]
     np.testing.assert_array_equal(gap <= limit[:, None], expected)
     assert limit[0] == INF
@@ -121,7 +119,10 @@ def test_a_tiny_temperature_is_no_nan():
 
 def test_nothing_is_searched_when_no_filter_is_on():
     arguments = jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros(2)
-    limit = lambda gap, k, p, m: transforms.gap_limit(gap, top_k=k, top_p=p, min_p=m)
+
+    def limit(gap, k, p, m):
+        return transforms.gap_limit(gap, top_k=k, top_p=p, min_p=m)
+
     jaxpr = jax.make_jaxpr(limit)(*arguments).jaxpr
     names = [equation.primitive.name for equation in jaxpr.eqns]
     assert names.count("cond") == 2

@@ -1,5 +1,7 @@
 """Models whose distributions are known in closed form: nothing here but arithmetic on tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from alignax.types import Hidden, Model
 
 
+@functools.cache
 def chain():
     """A Markov chain: params is the table [V, V] of logits of the next token given the last."""
 
@@ -21,6 +24,7 @@ def chain():
     )
 
 
+@functools.cache
 def history(size=7, seed=0):
     """A model that looks at everything: logits = sum over slots s <= position of table[token in slot s] * cos(s).
 
@@ -31,10 +35,12 @@ def history(size=7, seed=0):
 
     def hidden(params, tokens, segments, *, positions=None, parents=None, cache=None, key=None):
         rows, length, _ = cache["slots"].shape
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         slots = cache["slots"].at[jnp.arange(rows)[:, None], positions].set(params[tokens], mode="drop")
-        seen = (jnp.arange(length) <= positions[..., None])[..., None]
-        weighted = slots * jnp.cos(jnp.arange(length, dtype=jnp.float32))[None, :, None]
-        states = jnp.sum(jnp.where(seen, weighted[:, None], 0.0), axis=2)
+        index = jnp.arange(length)
+        weighted = slots * jnp.cos(index.astype(jnp.float32))[None, :, None]
+        seen = index[None, None] <= positions[..., None]
+        states = jnp.sum(jnp.where(seen[..., None], weighted[:, None], 0.0), axis=2)
         return Hidden(jnp.where(positions[..., None] < length, states, jnp.nan), {"slots": slots}, {})
 
     model = Model(

@@ -1,0 +1,93 @@
+"""Bad input is refused with what was received and what was expected, while tracing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import toys
+
+from alignax.sampling import checks, generate
+
+PROMPTS = np.zeros((2, 3), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "keywords"),
+    [
+        (ValueError, r"max_new_tokens=0; expected at least 1", {"max_new_tokens": 0}),
+        (TypeError, r"max_new_tokens=2\.0 \(float\); expected a static int", {"max_new_tokens": 2.0}),
+        (ValueError, r"group=0; expected at least 1", {"group": 0}),
+        (TypeError, r"group=True \(bool\); expected a static int", {"group": True}),
+        (TypeError, r"eos_ids=2; expected a tuple", {"eos_ids": 2}),
+        (TypeError, r"eos_ids=\('2',\); expected a tuple of static ints", {"eos_ids": ("2",)}),
+        (ValueError, r"eos_ids=\(2, -1\); expected ids of at least 0", {"eos_ids": (2, -1)}),
+    ],
+)
+def test_refuses_what_is_static(error, message, keywords):
+    checks.static(**(good := {"max_new_tokens": 4, "group": 2, "eos_ids": (0, 2)}))
+    with pytest.raises(error, match=message):
+        checks.static(**{**good, **keywords})
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "prompts", "lengths", "row_ids"),
+    [
+        (ValueError, r"lengths\[1\]=0, expected 1 to 3.*empty prompt", PROMPTS, [3, 0], None),
+        (ValueError, r"lengths\[0\]=4, expected 1 to 3.*not fit", PROMPTS, [4, 1], None),
+        (ValueError, r"lengths of shape \(1,\) for 2 prompts; expected \(2,\)", PROMPTS, [3], None),
+        (TypeError, r"lengths of dtype float32; expected integers", PROMPTS, [3.0, 1.0], None),
+        (TypeError, r"prompts of dtype float32; expected integers", PROMPTS.astype(np.float32), [3, 2], None),
+        (ValueError, r"prompts of shape \(2, 0\); expected \[B, P\]", PROMPTS[:, :0], [3, 2], None),
+        (ValueError, r"prompts of shape \(3,\); expected \[B, P\]", PROMPTS[0], [3, 2], None),
+        (ValueError, r"row_ids of shape \(2,\) for 2 prompts in groups of 3; expected \(6,\)", PROMPTS, [3, 2], [0, 1]),
+        (TypeError, r"row_ids of dtype float32; expected integers", PROMPTS, [3, 2], [0.0] * 6),
+    ],
+)
+def test_refuses_prompts(error, message, prompts, lengths, row_ids):
+    checks.prompts(jnp.asarray(PROMPTS), jnp.array([3, 1]), jnp.arange(6), group=3)
+    row_ids = None if row_ids is None else jnp.array(row_ids)
+    with pytest.raises(error, match=message):
+        checks.prompts(jnp.asarray(prompts), jnp.array(lengths), row_ids, group=3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "settings"),
+    [
+        (ValueError, r"temperature=-0\.5; expected values in \[0, infinity\)", {"temperature": -0.5}),
+        (ValueError, r"temperature=nan", {"temperature": float("nan")}),
+        (ValueError, r"temperature=inf", {"temperature": float("inf")}),
+        (ValueError, r"temperature of shape \(3,\); expected one number or \(2,\)", {"temperature": jnp.ones(3)}),
+        (ValueError, r"top_k=-1; expected values in \[0, infinity\)", {"top_k": -1}),
+        (TypeError, r"top_k of dtype float32; expected integers", {"top_k": 2.5}),
+        (ValueError, r"top_p=0\.0; expected values in \(0, 1\]", {"top_p": 0.0}),
+        (ValueError, r"top_p=1\.5; expected values in \(0, 1\]", {"top_p": 1.5}),
+        (ValueError, r"min_p=.*; expected values in \[0, 1\]", {"min_p": jnp.array([0.0, 2.0])}),
+    ],
+)
+def test_refuses_settings(error, message, settings):
+    with pytest.raises(error, match=message):
+        checks.settings(2, **settings)
+
+
+def test_settings_are_spread_over_the_rows():
+    spread = checks.settings(2, temperature=1, top_k=jnp.array([0, 3]), top_p=1, min_p=jnp.array(0.5))
+    assert [x.tolist() for x in spread] == [[1.0, 1.0], [0, 3], [1.0, 1.0], [0.5, 0.5]]
+    assert [str(x.dtype) for x in spread] == ["float32", "int32", "float32", "float32"]
+
+
+def test_refuses_while_tracing_and_leaves_traced_values_alone():
+    sample = functools.partial(generate, toys.chain(), max_new_tokens=2)
+    shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((5, 5), jnp.float32), ((2, 3), jnp.int32), ((2,), jnp.int32))]
+    key = jax.random.key(0)
+    out = jax.eval_shape(lambda *args: sample(*args, key, temperature=args[0][0, 0], top_p=args[0][0, 1]), *shapes)
+    assert out.tokens.shape == (2, 5)
+    with pytest.raises(ValueError, match=r"top_p=0\.0"):
+        jax.eval_shape(lambda *args: sample(*args, key, top_p=0.0), *shapes)
+    with pytest.raises(ValueError, match=r"lengths\[0\]=0"):
+        sample(jnp.zeros((5, 5)), jnp.asarray(PROMPTS), jnp.array([0, 1]), key)
+    with pytest.raises(ValueError, match=r"max_new_tokens=0"):
+        generate(toys.chain(), jnp.zeros((5, 5)), jnp.asarray(PROMPTS), jnp.array([1, 1]), key, max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"row_ids of shape"):
+        sample(jnp.zeros((5, 5)), jnp.asarray(PROMPTS), jnp.array([1, 1]), key, row_ids=jnp.arange(3))

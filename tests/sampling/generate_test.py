@@ -1,0 +1,331 @@
+"""The sampler against distributions known in closed form, plain Python loops and the trainer's forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import toys
+
+from alignax import logprobs
+from alignax.models.config import TransformerConfig
+from alignax.models.transformer import transformer
+from alignax.sampling import generate
+
+PROMPTS = np.array([[1, 2, 3, 4, 5], [6, 1, 0, 9, 9], [3, 9, 9, 9, 9]], np.int32)  # 9: padding, not in the vocabulary
+LENGTHS = np.array([5, 3, 1], np.int32)
+
+
+@functools.cache
+def sampler(model, **static):
+    """Compiled once for all tests that use it."""
+    return jax.jit(functools.partial(generate, model, **static))
+
+
+def arrays(*values):
+    return [jnp.asarray(value) for value in values]
+
+
+@functools.cache
+def llama():
+    """A tiny random decoder, its parameters and its trainer's forward pass: rows [R, 16] -> logits [R, 16, V]."""
+    config = TransformerConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        max_positions=16,
+        initializer_range=0.4,
+    )
+    model = transformer(config)
+    params = model.init(jax.random.key(1))
+    forward = jax.jit(lambda *row: model.logits(params, model.hidden(params, *row).states))
+    return model, params, lambda tokens, segments: np.asarray(forward(*arrays(tokens, segments)))
+
+
+@functools.cache
+def ragged():
+    """Eight completions of each of three ragged prompts by the model that sees everything, EOS 2."""
+    model, params, reference = toys.history()
+    sample = sampler(model, max_new_tokens=9, group=8, eos_ids=(2,))
+    return sample(params, *arrays(PROMPTS, LENGTHS), jax.random.key(3), temperature=0.8), reference
+
+
+def test_rows_are_training_rows():
+    samples, _ = ragged()
+    tokens, segments, mask, logp, lengths, truncated = map(np.asarray, samples)
+    assert tokens.shape == segments.shape == mask.shape == logp.shape == (24, 14)
+    assert tokens.dtype == segments.dtype == lengths.dtype == np.int32
+    assert logp.dtype == np.float32 and mask.dtype == truncated.dtype == bool
+    assert 0 < truncated.sum() < 24  # both kinds occur
+    for row in range(24):
+        start = LENGTHS[row // 8]
+        end = start + lengths[row]
+        np.testing.assert_array_equal(tokens[row, :start], PROMPTS[row // 8, :start])
+        np.testing.assert_array_equal(segments[row], np.arange(14) < end)
+        np.testing.assert_array_equal(mask[row], (np.arange(14) >= start) & (np.arange(14) < end))
+        assert np.all(tokens[row, end:] == 0) and np.all(logp[row][~mask[row]] == 0)
+        completion = tokens[row, start:end].tolist()
+        assert 2 not in completion[:-1]
+        assert (completion[-1] == 2) != truncated[row]
+        assert len(completion) == 9 or not truncated[row]
+        assert np.all(logp[row][mask[row]] < 0)
+
+
+def test_logp_is_the_models_own_at_the_temperature():
+    samples, reference = ragged()
+    for tokens, mask, logp in zip(*map(np.asarray, (samples.tokens, samples.mask, samples.logp))):
+        for column in np.flatnonzero(mask):
+            expected = toys.log_softmax(reference(tokens[:column]) / 0.8)[tokens[column]]
+            assert abs(logp[column] - expected) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logp_equals_the_trainers(key, temperature):
+    model, params, forward = llama()
+    sample = sampler(model, max_new_tokens=10, group=4, eos_ids=(2, 7))
+    prompts = jax.random.randint(key, (3, 6), 0, 32)
+    samples = sample(params, prompts, jnp.array([6, 2, 4]), key, temperature=temperature, top_k=9, top_p=0.95)
+    assert len(set(samples.lengths.tolist())) > 2
+    logits = forward(samples.tokens, samples.segments)[:, :-1] / temperature
+    expected = np.take_along_axis(toys.log_softmax(logits), np.asarray(samples.tokens)[:, 1:, None], axis=-1)[..., 0]
+    mask = np.asarray(samples.mask)[:, 1:]
+    assert np.max(np.abs(np.asarray(samples.logp)[:, 1:] - expected)[mask]) <= 1e-5
+    scores = logprobs.token_logprobs(
+        model, params, samples.tokens, samples.segments, mask=samples.mask, temperature=temperature
+    )
+    assert np.max(np.abs(samples.logp - scores)) <= 1e-5
+
+
+def bent(logits, temperature, top_k, top_p, min_p):
+    """The distribution that is drawn from, by sorting."""
+    p = np.exp(toys.log_softmax(logits / temperature))
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+    p[order[1:]] *= (np.cumsum(p[order]) / p.sum() < top_p)[:-1]
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, 0, 0.7, 0.0),
+        (1.5, 0, 1.0, 0.4),
+        (0.9, 4, 0.8, 0.1),
+    ],
+)
+def test_frequencies_of_a_known_chain(setting, key):
+    table = np.random.default_rng(5).normal(size=(5, 5)).astype(np.float32)
+    sample = sampler(toys.chain(), max_new_tokens=40, group=500)
+    settings = dict(zip(("temperature", "top_k", "top_p", "min_p"), setting))
+    samples = sample(jnp.asarray(table), *arrays([[0], [3]], [1, 1]), key, **settings)
+    tokens = np.asarray(samples.tokens)
+    for state in range(5):
+        following = tokens[:, 1:][tokens[:, :-1] == state]
+        p = bent(table[state], *setting)
+        observed = np.bincount(following, minlength=5)
+        assert len(following) > 50
+        assert np.all(np.abs(observed - len(following) * p) <= 3 * np.sqrt(len(following) * p * (1 - p)) + 1e-6)
+        logp = np.asarray(samples.logp)[:, 1:][tokens[:, :-1] == state]
+        np.testing.assert_allclose(logp, toys.log_softmax(table[state] / setting[0])[following], atol=1e-5)
+
+
+def test_greedy_is_the_plain_loop(key):
+    model, params, forward = llama()
+    prompts, lengths = np.asarray(jax.random.randint(key, (3, 6), 0, 32)), np.array([6, 2, 4])
+    sample = sampler(model, max_new_tokens=10, eos_ids=(5,))
+    samples = sample(params, *arrays(prompts, lengths), key, temperature=0.0)
+    tokens, ends = np.zeros((3, 16), np.int32), lengths.copy()
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = prompts[row, :length]
+        while ends[row] < length + 10 and (ends[row] == length or tokens[row, ends[row] - 1] != 5):
+            logits = forward(tokens, np.arange(16) < ends[:, None])[row, ends[row] - 1]
+            chosen = tokens[row, ends[row]] = np.argmax(logits)
+            assert abs(samples.logp[row, ends[row]] - toys.log_softmax(logits)[chosen]) <= 1e-5
+            ends[row] += 1
+    np.testing.assert_array_equal(samples.tokens, tokens)
+    np.testing.assert_array_equal(samples.segments.sum(axis=1), ends)
+    assert np.any(ends < lengths + 10)
+
+
+def test_a_small_temperature_is_greedy_and_greedy_takes_the_first_of_equals(key):
+    model, params, _ = toys.history()
+    sample = sampler(model, max_new_tokens=6, group=4)
+    rows = [sample(params, *arrays(PROMPTS, LENGTHS), key, temperature=t).tokens.tolist() for t in (0.0, 1e-4, 1e-38)]
+    assert rows[0] == rows[1] == rows[2]
+    tied = jnp.array([[0.0, 2.0, 2.0, 1.0, 2.0]] * 5)
+    samples = sampler(toys.chain(), max_new_tokens=3)(tied, *arrays([[0]], [1]), key, temperature=0.0, top_p=0.9)
+    assert samples.tokens.tolist() == [[0, 1, 1, 1]]
+
+
+def test_eos_is_looked_for_in_the_completion_only(key):
+    # a chain that counts 1 2 3 4 0 1 ...: EOS 1 is the first token of the prompt, and is chosen after 4 tokens
+    counting = 50.0 * jnp.roll(jnp.eye(5), 1, axis=1)
+    sample = sampler(toys.chain(), max_new_tokens=8, eos_ids=(1,))
+    samples = sample(counting, *arrays([[1, 2], [3, 4], [1, 0]], [2, 1, 1]), key)
+    assert samples.tokens.tolist() == [
+        [1, 2, 3, 4, 0, 1, 0, 0, 0, 0],
+        [3, 4, 0, 1, 0, 0, 0, 0, 0, 0],
+        [1, 2, 3, 4, 0, 1, 0, 0, 0, 0],
+    ]
+    assert samples.lengths.tolist() == [4, 3, 5]
+    assert samples.truncated.tolist() == [False] * 3
+    assert samples.segments.sum(axis=1).tolist() == [6, 4, 6]
+
+
+def test_the_loop_stops_when_every_row_is_done(key):
+    steps = []
+
+    def hidden(*args, **kwargs):
+        jax.debug.callback(lambda: steps.append(1))
+        return toys.chain().hidden(*args, **kwargs)
+
+    counting = 50.0 * jnp.roll(jnp.eye(5), 1, axis=1)
+    model = toys.chain()._replace(hidden=hidden)
+    sampler(model, max_new_tokens=100, eos_ids=(4,))(
+        counting, *arrays([[1], [2]], [1, 1]), key
+    ).tokens.block_until_ready()
+    jax.effects_barrier()
+    assert len(steps) == 1 + 2  # the prefill, and a step for each of the longest row's tokens but the last
+
+
+def test_one_new_token(key):
+    model, params, reference = toys.history()
+    samples = sampler(model, max_new_tokens=1, eos_ids=(2,))(params, *arrays(PROMPTS, LENGTHS), key)
+    assert samples.lengths.tolist() == [1, 1, 1]
+    assert samples.mask.sum(axis=1).tolist() == [1, 1, 1]
+    for row, start in enumerate(LENGTHS):
+        token = int(samples.tokens[row, start])
+        assert abs(samples.logp[row, start] - toys.log_softmax(reference(PROMPTS[row, :start]))[token]) <= 1e-5
+        assert bool(samples.truncated[row]) == (token != 2)
+
+
+@pytest.mark.parametrize("build", [toys.history, llama])
+def test_a_row_is_the_same_in_every_batch(build, key):
+    model, params, _ = build()
+    prompts, lengths = np.clip(PROMPTS, 0, 6), LENGTHS
+    sample = sampler(model, max_new_tokens=8, eos_ids=(2,))
+    ids = np.array([40, 41, 42])
+    first = sample(params, *arrays(prompts, lengths), key, row_ids=jnp.asarray(ids))
+    order = np.array([2, 0, 1])
+    moved = sample(params, *arrays(prompts[order], lengths[order]), key, row_ids=jnp.asarray(ids[order]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), first, moved)
+    # beside other prompts
+    others, others_lengths = prompts.copy(), np.array([5, 4, 5])
+    others[1:] = [[0, 5, 4, 3, 1], [2, 2, 0, 1, 1]]
+    beside = sample(params, *arrays(others, others_lengths), key, row_ids=jnp.array([40, 7, 8]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), first, beside)
+    again = sample(params, *arrays(prompts, lengths), key, row_ids=jnp.asarray(ids + 3))
+    assert again.tokens.tolist() != first.tokens.tolist()
+    assert sample(params, *arrays(prompts, lengths), jax.random.key(9)).tokens.tolist() != first.tokens.tolist()
+
+
+@pytest.mark.parametrize("build", [toys.history, llama])
+def test_a_group_is_the_prompt_repeated(build, key):
+    model, params, _ = build()
+    prompts = np.clip(PROMPTS, 0, 6)
+    grouped = sampler(model, max_new_tokens=8, group=4, eos_ids=(2,))(params, *arrays(prompts, LENGTHS), key)
+    plain = sampler(model, max_new_tokens=8, eos_ids=(2,))
+    repeated = plain(params, *arrays(np.repeat(prompts, 4, axis=0), np.repeat(LENGTHS, 4)), key)
+    np.testing.assert_array_equal(grouped.tokens, repeated.tokens)
+    np.testing.assert_allclose(grouped.logp, repeated.logp, atol=1e-5)
+    assert len({tuple(row) for row in grouped.tokens.tolist()}) > 8
+    # a group of one with row 5's id
+    alone = plain(params, *arrays(prompts[1:2], LENGTHS[1:2]), key, row_ids=jnp.array([5]))
+    np.testing.assert_array_equal(alone.tokens[0], grouped.tokens[5])
+
+
+def test_a_sample_goes_on_where_it_was_cut(key):
+    model, params, _ = toys.history()
+    whole = sampler(model, max_new_tokens=8)(params, *arrays(PROMPTS, LENGTHS), key)
+    half = sampler(model, max_new_tokens=3)(params, *arrays(PROMPTS, LENGTHS), key)
+    rest = sampler(model, max_new_tokens=5)(params, half.tokens, jnp.asarray(LENGTHS) + half.lengths, key)
+    np.testing.assert_array_equal(rest.tokens, whole.tokens)
+
+
+def test_every_row_may_have_settings_of_its_own(key):
+    model, params, _ = toys.history()
+    sample = sampler(model, max_new_tokens=6, group=2)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    values = [
+        (1.0, 0, 1.0, 0.0),
+        (0.0, 0, 1.0, 0.0),
+        (2.0, 2, 1.0, 0.0),
+        (1.0, 0, 0.5, 0.0),
+        (1.0, 0, 1.0, 0.7),
+        (0.5, 3, 0.9, 0.1),
+    ]
+    mixed = sample(params, *arrays(PROMPTS, LENGTHS), key, **dict(zip(names, arrays(*zip(*values)))))
+    for row, setting in enumerate(values):
+        same = sample(params, *arrays(PROMPTS, LENGTHS), key, **dict(zip(names, setting)))
+        np.testing.assert_array_equal(mixed.tokens[row], same.tokens[row])
+        np.testing.assert_allclose(mixed.logp[row], same.logp[row], atol=1e-6)
+
+
+def test_no_value_compiles_anew(key):
+    traced = []
+
+    def logits(params, states):
+        traced.append(1)
+        return states
+
+    sample = sampler(toys.chain()._replace(logits=logits), max_new_tokens=4, eos_ids=(2,))
+    table = jax.random.normal(key, (5, 5))
+    sample(table, *arrays([[0], [1]], [1, 1]), key, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    first = len(traced)
+    for temperature, top_k, top_p, min_p in [
+        (0.0, 0, 1.0, 0.0),
+        (0.5, 3, 1.0, 0.0),
+        (2.0, 0, 0.5, 0.1),
+        (1e-3, 9, 1e-3, 1.0),
+    ]:
+        sample(table, *arrays([[4], [3]], [1, 1]), key, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert len(traced) == first == 2  # prefill, and the body of the loop
+    assert sample._cache_size() == 1
+
+
+def test_process_changes_the_draw_and_not_logp(key):
+    model, params, reference = toys.history()
+    seen = []
+
+    def forbid_the_last_token(logits, tokens, columns):
+        seen.append((logits.shape, tokens.shape, columns.shape))
+        last = jnp.take_along_axis(tokens, columns[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(7)[None] == last, -jnp.inf, logits)
+
+    def only_even(logits, tokens, columns):
+        return jnp.where(jnp.arange(7)[None] % 2 == 0, logits, -jnp.inf)
+
+    sample = sampler(model, max_new_tokens=8, group=5, process=(forbid_the_last_token, only_even))
+    samples = sample(params, *arrays(PROMPTS, LENGTHS), key, top_k=2)
+    assert set(seen) == {((15, 7), (15, 13), (15,))}
+    for tokens, mask, logp in zip(*map(np.asarray, (samples.tokens, samples.mask, samples.logp))):
+        for column in np.flatnonzero(mask):
+            assert tokens[column] % 2 == 0 and tokens[column] != tokens[column - 1]
+            expected = toys.log_softmax(reference(tokens[:column]))
+            allowed = [t for t in (0, 2, 4, 6) if t != tokens[column - 1]]
+            assert tokens[column] in sorted(allowed, key=lambda t: -expected[t])[:2]
+            assert abs(logp[column] - expected[tokens[column]]) <= 1e-5
+
+
+def test_logits_of_nan_are_seen_in_logp(key):
+    samples = sampler(toys.chain(), max_new_tokens=3)(jnp.full((5, 5), jnp.nan), *arrays([[1]], [1]), key)
+    assert np.all(np.isnan(samples.logp[0, 1:])) and np.all(samples.tokens[0, 1:] == 0)
+
+
+def test_fills_the_context_to_the_last_position_and_no_further(key):
+    model, params, _ = llama()
+    sample = sampler(model, max_new_tokens=10, eos_ids=(99,))
+    shapes = jax.eval_shape(sample, params, jnp.ones((2, 6), jnp.int32), jnp.array([6, 1]), key)
+    assert shapes.tokens.shape == (2, 16)
+    with pytest.raises(ValueError, match=r"width 6 and max_new_tokens=11 need 17 positions.*16"):
+        generate(model, params, jnp.ones((2, 6), jnp.int32), jnp.array([6, 1]), key, max_new_tokens=11)
