@@ -54,7 +54,12 @@ def prompts(rows: Sequence[TokenPrompt], weights: np.ndarray, *, width: int, pad
 
 
 def plan(
-    lengths: Sequence[int], *, batch_size: int, buckets: Sequence[int], seed: int | None = None, epoch: int = 0
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int | None = None,
+    epoch: int = 0,
 ) -> list[tuple[int, list[int]]]:
     """An epoch's batches as (width, row numbers), all full but the last; `seed=None` keeps the rows in order.
 

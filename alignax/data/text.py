@@ -7,6 +7,7 @@ lose a leading space with SentencePiece, and split characters whose bytes are se
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from alignax.data.messages import Content, shared_length
 from alignax.data.tokens import Tokenizer, encode_prompt
@@ -37,7 +38,7 @@ def encode(
 
 
 def decode(
-    tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray, *, eos_ids: Sequence[int] | None = None
+    tokenizer: Tokenizer, tokens: ArrayLike, mask: ArrayLike, *, eos_ids: Sequence[int] | None = None
 ) -> list[str]:
     """The completions of rows such as the sampler returns, one text for each.
 
@@ -53,8 +54,8 @@ def decode(
 
 def stop(
     tokenizer: Tokenizer,
-    tokens: np.ndarray,
-    mask: np.ndarray,
+    tokens: ArrayLike,
+    mask: ArrayLike,
     stops: Sequence[str],
     *,
     eos_ids: Sequence[int] | None = None,
@@ -79,14 +80,15 @@ def stop(
 
 
 def _completions(
-    tokenizer: Tokenizer, tokens: np.ndarray, mask: np.ndarray, eos_ids: Sequence[int] | None
+    tokenizer: Tokenizer, tokens: ArrayLike, mask: ArrayLike, eos_ids: Sequence[int] | None
 ) -> list[tuple[list[int], int]]:
     # Each row up to the end of its text, and where its completion starts.
+    tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
     if tokens.shape != mask.shape or tokens.ndim != 2:
         raise ValueError(f"tokens and mask must both be [B, T], got {tokens.shape} and {mask.shape}")
     eos = {tokenizer.eos_token_id} if eos_ids is None else set(eos_ids)
     out = []
-    for ids, own in zip(np.asarray(tokens).tolist(), np.asarray(mask, bool)):
+    for ids, own in zip(tokens.tolist(), mask):
         start, end = (int(own.argmax()), len(ids) - int(own[::-1].argmax())) if own.any() else (0, 0)
         out.append((ids[: end - 1] if end > start and ids[end - 1] in eos else ids[:end], start))
     return out

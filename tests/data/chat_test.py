@@ -5,6 +5,9 @@ import pytest
 from alignax.data import BadRow, chat
 
 
+ASK = "{% if add_generation_prompt %}a:{% endif %}"
+
+
 def talk(*contents):
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
 
@@ -34,7 +37,7 @@ def test_turns(tokenizer, ids, first):
 
 
 def test_turn_without_a_closing_token_runs_to_the_end(tokenizer, ids):
-    plain = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    plain = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}" + ASK
     got = chat.encode_turns(with_template(tokenizer, plain), talk("hi", "yo", "oh", "ah"), first=0)
     assert got == (ids("u:hi\na:yo\nu:oh\na:ah\n"), mask(".......xxx.......xxx"))
 
@@ -44,8 +47,7 @@ def test_generation_blocks_are_the_turns(tokenizer, ids):
     marked = (
         "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'user' %}{{ m.content }}{% else %}"
         "{% generation %}{{ m.content if loop.last else '-' }}!{% endgeneration %}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}a:{% endif %}"
-    )
+    ) + ASK
     marked = with_template(tokenizer, marked)
     messages = talk("hi", "yo", "oh", "ah")
     text = ids("u:hi\na:-!\nu:oh\na:ah!\n")
@@ -55,7 +57,7 @@ def test_generation_blocks_are_the_turns(tokenizer, ids):
 
 def test_template_that_is_no_prefix_names_row_and_token(tokenizer):
     # As reasoning models do: the prompt that asks for an answer opens a thought that the finished answer does not have.
-    thinking = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:#{% endif %}"
+    thinking = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}" + ASK.replace("a:", "a:#")
     with pytest.raises(
         BadRow,
         match=r"^file:9: template is no prefix: rendered up to message 1, token 7 is \['#'\], but \['y'\] in the whole",
@@ -64,8 +66,10 @@ def test_template_that_is_no_prefix_names_row_and_token(tokenizer):
 
 
 def test_template_that_changes_earlier_turns(tokenizer):
-    hiding = "{% for m in messages %}{{ m.role[0] }}:{{ m.content if loop.last or m.role == 'user' else '-' }}\n{% endfor %}"
-    hiding = with_template(tokenizer, hiding + "{% if add_generation_prompt %}a:{% endif %}")
+    hiding = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content if loop.last or m.role == 'user' else '-' }}\n{% endfor %}"
+    )
+    hiding = with_template(tokenizer, hiding + ASK)
     chat.encode_turns(hiding, talk("hi", "yo", "oh", "ah"), first=3)
     with pytest.raises(BadRow, match=r"up to message 2, token 7 is \['y'\], but \['-'\]"):
         chat.encode_turns(hiding, talk("hi", "yo", "oh", "ah"), first=0)
@@ -95,5 +99,5 @@ def test_no_reply(tokenizer):
 
 
 def test_no_template(merging):
-    with pytest.raises(ValueError, match="no chat template: set tokenizer.chat_template"):
+    with pytest.raises(ValueError, match="the tokenizer has no chat template: set"):
         chat.encode(merging, talk("hi"))

@@ -148,7 +148,9 @@ def test_columns_are_renamed():
     row = one({"question": "a", "answer": "4"}, columns={"question": "prompt"})
     assert row == Prompt(W, "a", {"answer": "4"})
     assert one({"a": "x", "b": "y"}, columns={"a": "prompt", "b": "completion"}) == Example(W, "x", "y", {})
-    assert one({"prompt": "x", "completion": "y"}, columns={"prompt": "completion", "completion": "prompt"}).prompt == "y"
+    assert (
+        one({"prompt": "x", "completion": "y"}, columns={"prompt": "completion", "completion": "prompt"}).prompt == "y"
+    )
     with pytest.raises(BadRow, match=r"missing field: expected \['question'\] to rename, found \['q'\]"):
         one({"q": "a"}, columns={"question": "prompt"})
     with pytest.raises(BadRow, match="renaming 'q' would overwrite 'prompt'"):

@@ -107,7 +107,7 @@ def test_folder(tmp_path):
     write(tmp_path, "dataset_infos.json", '{"n": 9}')
     assert fields(read(tmp_path)) == [{"n": 3}, {"n": 1}, {"n": 2}]
     assert fields(read(tmp_path, split="train")) == [{"n": 1}, {"n": 2}]
-    with pytest.raises(ValueError, match="no .* file of split 'validation'; found"):
+    with pytest.raises(ValueError, match=r"no .* file of split 'validation'; found"):
         read(tmp_path, split="validation")
 
 

@@ -250,7 +250,8 @@ def test_real_conversations(shared, stories):
     chat = copy.deepcopy(stories)
     chat.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-        "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+        "{{ eos_token if m.role == 'assistant' else '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     pairs, _ = parse(read(shared / "data/llamafactory/dpo_en_demo.json"))
     for pair in pairs[:50]:
