@@ -1,5 +1,8 @@
 """Language models as `Model`s: the shipped transformer and adapters for any other network."""
 
+from alignax.models.adapters import from_apply as from_apply
+from alignax.models.adapters import from_linen as from_linen
+from alignax.models.adapters import from_nnx as from_nnx
 from alignax.models.config import TransformerConfig as TransformerConfig
 from alignax.models.rope import LinearScaling as LinearScaling
 from alignax.models.rope import Llama3Scaling as Llama3Scaling
