@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from alignax.models import rope
-from alignax.models.transformer import TransformerConfig
+from alignax.models.config import TransformerConfig
 
 # Tree path -> tensor. "{}" is the layer: such leaves are stacked. Kernels are stored transposed, [out, in].
 DECODER = {
@@ -149,9 +149,11 @@ def write_config(config: TransformerConfig, *, dtype: Any, ids: Mapping[str, Any
     """
     source = dict(config.source) if isinstance(config, FolderConfig) else {}
     family = _family_for(config, source)
-    written = {"architectures": [family.architecture], "model_type": family.model_type, **family.only}
-    written |= source or ids
-    written |= {
+    written = {
+        **(source or ids),
+        **family.only,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -166,7 +168,7 @@ def write_config(config: TransformerConfig, *, dtype: Any, ids: Mapping[str, Any
         "dtype": jnp.dtype(dtype).name,
     }
     written.pop("torch_dtype", None)
-    if "layer_types" in written:
+    if written.get("layer_types"):
         written["layer_types"] = ["full_attention"] * config.num_layers
     if not source or _rope({**family.defaults, **source}) != (config.rope_theta, config.rope_scaling):
         written = {key: value for key, value in written.items() if key not in _ROPE_KEYS}
@@ -247,7 +249,7 @@ def _llama3(values: Mapping[str, Any], found: Mapping[str, Any]) -> rope.Llama3S
     )
 
 
-def _write_scaling(scaling: rope.RopeScaling | None) -> dict[str, Any] | None:
+def _write_scaling(scaling: object) -> dict[str, Any] | None:
     if scaling is None:
         return None
     if isinstance(scaling, rope.LinearScaling):

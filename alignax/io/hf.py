@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax.io import families, tensors
-from alignax.models.transformer import RULES, TransformerConfig, transformer
+from alignax.models import RULES, TransformerConfig, transformer
 from alignax.sharding import Rules, shardings
 from alignax.types import Model, Params
 
@@ -108,7 +108,7 @@ def save(
         those of the model.
       TypeError: when the model is not the shipped transformer.
     """
-    folder, config = Path(folder), model.config
+    folder, config = Path(folder).resolve(), model.config
     if not isinstance(config, TransformerConfig):
         raise TypeError(
             f"save: model.config is {type(config).__name__}; only a TransformerConfig has a Hugging Face form"
@@ -122,7 +122,9 @@ def save(
     dtype = next(leaf.dtype for leaf in leaves if leaf.path.startswith("embed"))
     written = families.write_config(config, dtype=dtype, ids=ids)
     generation = config.generation if isinstance(config, families.FolderConfig) else {}
-    generation = {**ids, **generation, "eos_token_id": ids["eos_token_id"]}
+    generation = {**(generation or ids), "eos_token_id": ids["eos_token_id"]}
+    if eos_ids is not None:
+        written["eos_token_id"] = ids["eos_token_id"]
     with _appearing(folder) as partial:
         _write_json(partial / "config.json", written)
         _write_json(partial / "generation_config.json", generation)
