@@ -28,9 +28,14 @@ def encode(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False, 
         raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template, or use rows of plain text")
     special = special_tokens(tokenizer).values()
     for message in messages:
-        spelled = [token for token in special if any(token in str(value) for value in message.values())]
+        said = "\n".join(str(value) for value in message.values())
+        spelled = [token for token in special if token in said]
         if spelled:
             raise BadRow(where, "special token in a message", f"the {message['role']}'s message contains {spelled}")
+    return _render(tokenizer, messages, reply, where)
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], reply: bool, where: str) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
     except ImportError:  # jinja2 is missing: no fault of the row
@@ -55,7 +60,7 @@ def encode_turns(
         (named with the first token that differs); no turn to train on.
     """
     ids = encode(tokenizer, messages, where=where)
-    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
+    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
         mask = _marked(tokenizer, messages)
         start = _prefix(tokenizer, ids, messages[:first], reply=True, where=where) if first else 0
         mask = [False] * start + mask[start:]
@@ -85,7 +90,7 @@ def _turn(tokenizer: Any, ids: list[int], messages: Sequence[Message], i: int, w
 
 
 def _prefix(tokenizer: Any, ids: list[int], messages: Sequence[Message], *, reply: bool, where: str) -> int:
-    head = encode(tokenizer, messages, reply=reply, where=where)
+    head = _render(tokenizer, messages, reply, where)
     at = shared_length(head, ids)
     if at < len(head):
         got, whole = (tokenizer.convert_ids_to_tokens(row[at : at + 1]) for row in (head, ids))

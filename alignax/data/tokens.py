@@ -85,8 +85,9 @@ def encode_texts(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[li
 
 
 def _bos(tokenizer: Tokenizer) -> list[int]:
-    added = tokenizer("").input_ids  # what the tokenizer puts around a text: BOS, and with some an EOS, not wanted here
-    return [i for i in added[:1] if i == tokenizer.bos_token_id]
+    # Not what is added to the empty text: with some tokenizers that is an EOS, and EOS may be BOS.
+    first = tokenizer("a").input_ids[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _after(head: list[int], whole: list[int]) -> list[int] | None:
@@ -168,9 +169,10 @@ def _shorten(where: str, rows: list[TokenRow], limit: int, truncate: Truncate) -
     kept = truncate(where, longest, limit) if longest > limit else slice(0, longest)
     # The first token is predicted from nothing; and what a pair shares is its prompt, which must not be cut away.
     prompt = min(int(np.argmax(row.mask)) for row in rows)
-    if len(rows) > 1 and kept.start >= prompt:
+    start = kept.indices(longest)[0]
+    if len(rows) > 1 and start >= prompt:
         raise BadRow(where, "nothing left", f"of {limit} tokens none is the prompt's beside the longer completion")
-    rows = [TokenRow(row.tokens[kept], row.mask[kept] & (np.arange(row.length)[kept] > kept.start)) for row in rows]
+    rows = [TokenRow(row.tokens[kept], row.mask[kept] & (np.arange(row.length)[kept] > start)) for row in rows]
     if not all(row.mask.any() for row in rows):
         raise BadRow(where, "nothing left", f"no token to train on among the {limit} kept of {longest}")
     return rows

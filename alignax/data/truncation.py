@@ -8,7 +8,7 @@ from alignax.data.rows import BadRow, Dropped
 
 
 def keep_start(where: str, length: int, limit: int) -> slice:
-    """The first `limit` tokens: a cut completion, without its EOS."""
+    """The first `limit` tokens: a completion without its end and EOS, a prompt without what asks for the reply."""
     del where, length
     return slice(0, limit)
 

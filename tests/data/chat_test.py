@@ -4,7 +4,6 @@ import pytest
 
 from alignax.data import BadRow, chat
 
-
 ASK = "{% if add_generation_prompt %}a:{% endif %}"
 
 

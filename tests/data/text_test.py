@@ -57,6 +57,11 @@ def test_decode_reads_the_completion_off_the_mask_not_the_ids(tokenizer, ids):
     assert text.decode(tokenizer, tokens, mask, eos_ids=(1, 2)) == ["cd", ""]
 
 
+def test_eos_is_no_text_even_where_it_is_no_special_token(tokenizer, ids):
+    tokens, mask = arrays(ids, ["^ab|cd;", "^ab|c;d"])
+    assert text.decode(tokenizer, tokens, mask, eos_ids=ids(";")) == ["cd", "c;d"]
+
+
 def test_decode_takes_what_a_tool_said_between(tokenizer, ids):
     tokens, mask = arrays(ids, ["^ab|cdefg$"])
     mask[0, 4:6] = False

@@ -1,8 +1,10 @@
+import copy
 import json
 from functools import partial
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignax.data import (
@@ -67,17 +69,15 @@ def test_special_tokens_in_texts_are_not_parsed(tokenizer, ids, text):
     assert tokenizer("</s>", add_special_tokens=False).input_ids == [2]  # the tokenizer is left as it was
 
 
-def test_eos_that_the_tokenizer_adds_is_not_added_to_prompts(tokenizer, ids):
-    import copy
-
-    from tokenizers import processors
-
-    both = copy.deepcopy(tokenizer)
-    both.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+@pytest.mark.parametrize("added, expected", [("<s> $A </s>", "^a"), ("$A </s>", "a"), ("$A <s>", "a")])
+def test_bos_is_added_where_the_tokenizer_does_and_eos_never(tokenizer, ids, added, expected):
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=added, special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    assert both("a").input_ids == ids("^a$")
-    assert encode_prompt(both, "a") == ids("^a")
+    assert len(other("a").input_ids) == len(added.split())
+    assert encode_prompt(other, "a") == ids(expected)
+    assert encode_prompt(other, "") == ids(expected[:-1])
 
 
 def test_border(merging, spaced, ids):
@@ -100,8 +100,6 @@ def test_messages(tokenizer, ids):
 
 
 def test_eos_follows_messages_whose_template_closes_nothing(tokenizer, ids):
-    import copy
-
     open_ended = copy.deepcopy(tokenizer)
     open_ended.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
     row = tokenize_example(open_ended, example([USER], [REPLY]), limit=99)
@@ -174,6 +172,8 @@ def test_nothing_left(tokenizer):
         tokenize_example(tokenizer, example("abc", "de"), limit=3, truncate=truncation.keep_start)
     with pytest.raises(BadRow, match="nothing left: of 3 tokens none is the prompt's"):
         tokenize_pair(tokenizer, Pair(W, "a", "bcd", "e", {}), limit=3, truncate=truncation.keep_end)
+    with pytest.raises(BadRow, match="nothing left: of 4 tokens none is the prompt's"):
+        tokenize_pair(tokenizer, Pair(W, "a", "bcd", "e", {}), limit=4, truncate=truncation.keep_end)
     with pytest.raises(BadRow, match="nothing left: chosen and rejected are equal once cut to 5 tokens"):
         tokenize_pair(tokenizer, Pair(W, "a", "bcde", "bcdf", {}), limit=5, truncate=truncation.keep_start)
 
@@ -245,8 +245,6 @@ def test_completions_follow_their_prompt_whatever_the_border(shared, file):
 
 
 def test_real_conversations(shared, stories):
-    import copy
-
     chat = copy.deepcopy(stories)
     chat.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
