@@ -1,7 +1,6 @@
 """What a decoder is, in one record: its shape, its family's few switches, its numerics."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,9 +29,9 @@ class TransformerConfig:
     initializer_range: float = 0.02  # standard deviation
     dtype: Any = jnp.float32  # it computes in this
     param_dtype: Any = jnp.float32  # and creates parameters in this
-    # None keeps every activation for the backward pass; a policy such as
-    # `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` keeps what it names and recomputes the rest.
-    remat: Callable[..., Any] | None = None
+    # None keeps every activation for the backward pass; a `jax.checkpoint` policy, such as
+    # `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, keeps what it names and the rest is recomputed.
+    remat: Any = None
 
     def __post_init__(self):
         """Refuses what no model can be."""

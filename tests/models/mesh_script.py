@@ -1,0 +1,59 @@
+"""Run by transformer_test.py in a process with four simulated devices: a sharded decoder against one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from alignax import sharding
+from alignax.models import RULES, TransformerConfig, transformer
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "initializer_range": 0.3}
+
+
+def outcome(model, params, tokens, segments):
+    """Gradients, logits after a prefill of five columns, and logits of two more tokens."""
+
+    def loss(params):
+        logp = jax.nn.log_softmax(model.logits(params, model.hidden(params, tokens, segments).states))
+        return -jnp.mean(jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1))
+
+    @jax.jit
+    def cached(params, tokens):
+        hidden = model.hidden(params, tokens[:, :5], segments[:, :5], cache=model.init_cache(*tokens.shape))
+        logits = [model.logits(params, hidden.states)]
+        for column in (5, 6):
+            one = tokens[:, column : column + 1]
+            at = jnp.full_like(one, column)
+            hidden = model.hidden(params, one, jnp.ones_like(one), positions=at, cache=hidden.cache)
+            logits.append(model.logits(params, hidden.states))
+        return logits
+
+    return jax.jit(jax.grad(loss))(params), cached(params, tokens)
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.max(np.abs(expected)))
+
+
+def main():
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    mesh = sharding.make_mesh(data=2, model=2)
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 32, (4, 7)), jnp.int32)
+    for switches in ({"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": True}):
+        model = transformer(TransformerConfig(**SIZES, **HEADS, **switches))
+        init = sharding.born_sharded(model.init, mesh, RULES)
+        params = init(jax.random.key(0))
+        assert params["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "model", None)
+        assert params["embed"]["embedding"].sharding.spec == P("model", None)
+        alone = jax.device_put(jax.device_get(params), jax.devices()[0])
+        batch = sharding.shard_batch({"tokens": tokens, "segments": jnp.ones_like(tokens)}, mesh)
+        found = outcome(model, params, batch["tokens"], batch["segments"])
+        jax.tree.map(close, found, outcome(model, alone, tokens, jnp.ones_like(tokens)))
+    print(f"{jax.device_count()} devices agree")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Positions and visibility of packed rows against a loop over tokens, and three rows written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import transformer as reference
+
+from alignax.models import segment_positions, segment_visibility
+
+# A prompt (1) with two completions (2, 3), then a part of its own (4), then padding.
+SEGMENTS = [1, 1, 1, 2, 2, 3, 3, 3, 4, 0]
+PARENTS = [0, 0, 0, 1, 1, 1, 1, 1, 0, 0]
+
+
+def arrays(*rows):
+    return [jnp.asarray([row], jnp.int32) for row in rows]
+
+
+def test_positions_by_hand():
+    segments, parents = arrays(SEGMENTS, PARENTS)
+    assert segment_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 0]]
+    assert segment_positions(segments, parents).tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 0, 0]]
+
+
+def test_visibility_by_hand():
+    visible = segment_visibility(*arrays(SEGMENTS, PARENTS))[0].astype(int)
+    assert visible[4].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert visible[6].tolist() == [1, 1, 1, 0, 0, 1, 1, 0, 0, 0]
+    assert visible[8].tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    assert visible[9].tolist() == [0] * 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_the_loop(seed):
+    rng = np.random.default_rng(seed)
+    segments = np.repeat(np.arange(1, 6), rng.integers(1, 5, 5))
+    segments = np.concatenate([segments, np.zeros(3, int)])
+    parents = np.where(segments > 2, rng.integers(0, 3, 6)[segments], 0)
+    found = jax.jit(segment_positions)(*arrays(segments, parents))[0]
+    visible = segment_visibility(*arrays(segments, parents))[0]
+    positions, sees = reference.layout(segments.tolist(), parents.tolist())
+    assert found.tolist() == positions
+    assert [np.flatnonzero(row).tolist() for row in visible] == [sorted(row) for row in sees]

@@ -1,0 +1,279 @@
+"""The decoder against loops in numpy, family by family, and against itself: packed, cached, sharded, recomputed."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import transformer as reference
+
+from alignax.models import Llama3Scaling, TransformerConfig, transformer
+
+DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+LLAMA = TransformerConfig(
+    vocab_size=19,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rope_theta=100.0,
+)
+SCALING = Llama3Scaling(factor=8.0, original_max_positions=32)
+SCALED = reference.llama3_frequencies(4, 100.0, factor=8.0, low=1.0, high=4.0, original=32)
+FAMILIES = {
+    "llama": (LLAMA, None),
+    "one_head_each": (dataclasses.replace(LLAMA, num_kv_heads=4), None),
+    "llama3": (dataclasses.replace(LLAMA, rope_scaling=SCALING, tie_embeddings=True), SCALED),
+    "qwen2": (dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True), None),
+    "qwen3": (dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, num_kv_heads=1), None),
+}
+LENGTHS = (7, 4, 5)
+TOKENS = np.random.default_rng(3).integers(0, 19, (3, 7))
+SEGMENTS = (np.arange(7)[None, :] < np.array(LENGTHS)[:, None]).astype(np.int32)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    config, scaled = FAMILIES[request.param]
+    return config, reference.frequencies(config.head_dim, config.rope_theta) if scaled is None else scaled
+
+
+def random_params(config, seed=0):
+    """Every leaf away from its initial value, and large enough that attention is far from uniform."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(transformer(config).init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.3, 0.7, leaf.shape), jnp.float32), shapes)
+
+
+def forward(model, params, tokens, segments, **extra):
+    tokens, segments = jnp.asarray(tokens, jnp.int32), jnp.asarray(segments)
+    extra = {name: jnp.asarray(value, jnp.int32) for name, value in extra.items()}
+    return model.logits(params, model.hidden(params, tokens, segments, **extra).states)
+
+
+def expected_logits(config, frequencies, params, tokens, segments=None, parents=None):
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    positions, sees = reference.layout([1] * len(tokens) if segments is None else segments, parents)
+    numbers = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "eps": config.norm_eps}
+    return reference.logits(params, tokens, positions=positions, sees=sees, frequencies=frequencies, **numbers)
+
+
+def close(found, expected, rtol=2e-6):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * np.max(np.abs(expected)))
+
+
+def loss(model, params, tokens, segments):
+    logp = jax.nn.log_softmax(forward(model, params, tokens, segments))
+    chosen = jnp.take_along_axis(logp[:, :-1], jnp.asarray(tokens)[:, 1:, None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(jnp.asarray(segments)[:, 1:] != 0, chosen, 0.0))
+
+
+def test_logits_of_every_family(family):
+    config, frequencies = family
+    params = random_params(config)
+    found = forward(transformer(config), params, TOKENS, SEGMENTS)
+    assert found.dtype == jnp.float32
+    assert np.all(np.isfinite(found))  # on padding too
+    for row, length in enumerate(LENGTHS):
+        close(found[row, :length], expected_logits(config, frequencies, params, TOKENS[row, :length]))
+
+
+def test_gradient_of_every_family(family):
+    """Along three directions, against central differences of the numpy loop."""
+    config, frequencies = family
+    params = random_params(config)
+    grads = jax.grad(lambda params: loss(transformer(config), params, TOKENS[:1, :4], SEGMENTS[:1, :4]))(params)
+
+    def numpy_loss(params):
+        logits = expected_logits(config, frequencies, params, TOKENS[0, :4])[:-1]
+        return -sum(row[token] - np.log(np.sum(np.exp(row))) for row, token in zip(logits, TOKENS[0, 1:4]))
+
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)  # noqa: B023
+        ahead, behind = (
+            numpy_loss(jax.tree.map(lambda leaf, by: np.asarray(leaf, np.float64) + step * by, params, direction))  # noqa: B023
+            for step in (1e-5, -1e-5)
+        )
+        along = sum(np.sum(g * by) for g, by in zip(jax.tree.leaves(grads), jax.tree.leaves(direction)))
+        np.testing.assert_allclose(along, (ahead - behind) / 2e-5, rtol=2e-5, atol=2e-4)
+
+
+def test_a_packed_row_equals_its_parts_and_parents_concatenation(family):
+    config, frequencies = family
+    params = random_params(config)
+    tokens = np.random.default_rng(5).integers(0, 19, (1, 12))
+    segments = [1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 0, 0]
+    parents = [0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    found = forward(transformer(config), params, tokens, [segments], parents=[parents])[0]
+    close(found[:10], expected_logits(config, frequencies, params, tokens[0, :10], segments[:10], parents[:10]))
+    for own in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6, 7], [8, 9]):  # prompt and completion, prompt and completion, a part
+        row = tokens[:, own]
+        close(found[jnp.array(own)], forward(transformer(config), params, row, np.ones_like(row))[0])
+
+
+def test_positions_override_those_of_the_segments():
+    params = random_params(LLAMA)
+    positions = np.array([[3, 4, 5, 9, 10, 11, 30]])
+    found = forward(transformer(LLAMA), params, TOKENS[:1], SEGMENTS[:1], positions=positions)[0]
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    numbers = {"heads": 4, "kv_heads": 2, "eps": 1e-5, "frequencies": reference.frequencies(4, 100.0)}
+    close(found, reference.logits(params, TOKENS[0], positions=positions[0], **numbers))
+
+
+def test_padding_changes_nothing():
+    model, params = transformer(LLAMA), random_params(LLAMA)
+    garbage = np.where(SEGMENTS != 0, TOKENS, 10**6)  # an id that no embedding has
+    longer = np.pad(garbage, ((0, 1), (0, 5)), constant_values=-1)  # and a row of nothing else
+    segments = np.pad(SEGMENTS, ((0, 1), (0, 5)))
+    short, long = (forward(model, params, *pair) for pair in ((TOKENS, SEGMENTS), (longer, segments)))
+    assert np.all(np.isfinite(long))
+    for row, length in enumerate(LENGTHS):
+        close(long[row, :length], short[row, :length])
+    grads = [
+        jax.grad(lambda params: loss(model, params, *pair))(params)  # noqa: B023
+        for pair in ((TOKENS, SEGMENTS), (np.where(segments != 0, longer, 18), segments))
+    ]
+    jax.tree.map(close, grads[1], grads[0])
+
+
+def test_padding_has_no_gradient():
+    """Of its own embedding: token 18 stands on padding only."""
+    model, params = transformer(LLAMA), random_params(LLAMA)
+    tokens = np.where(SEGMENTS != 0, TOKENS % 18, 18)
+    states = lambda params: model.hidden(params, jnp.asarray(tokens), jnp.asarray(SEGMENTS)).states  # noqa: E731
+    grads = jax.grad(lambda params: jnp.sum(jnp.where(SEGMENTS[:, :, None] != 0, states(params), 0.0) ** 2))(params)
+    assert not np.any(grads["embed"]["embedding"][18]) and np.any(grads["embed"]["embedding"][:18])
+
+
+def test_boolean_segments_are_one_segment():
+    model, params = transformer(LLAMA), random_params(LLAMA)
+    found, expected = (forward(model, params, TOKENS, segments) for segments in (SEGMENTS != 0, SEGMENTS))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_unknown_token_is_loud():
+    tokens = np.array([[1, 2, 19]])
+    found = forward(transformer(LLAMA), random_params(LLAMA), tokens, np.ones_like(tokens))[0]
+    assert np.all(np.isfinite(found[:2])) and np.all(np.isnan(found[2]))
+
+
+def decode(model, params, tokens, cache, *, first, lengths, last):
+    """Feeds each row its own next token until its length `last`, then keeps feeding the final one, as a sampler does."""
+    step = jax.jit(lambda *args: model.hidden(*args[:3], positions=args[3], cache=args[4]), donate_argnums=4)
+    found = []
+    for offset in range(max(last) - min(lengths)):
+        positions = jnp.minimum(jnp.array(lengths) + offset, jnp.array(last) - 1)[:, None]
+        fed = jnp.take_along_axis(jnp.asarray(tokens), positions, axis=1)
+        hidden = step(params, fed, jnp.ones_like(fed), positions, cache)
+        cache = hidden.cache
+        found.append((positions[:, 0], model.logits(params, hidden.states)[:, 0]))
+    logits = np.array(first)
+    for positions, values in found:
+        logits[np.arange(len(tokens)), np.asarray(positions)] = values
+    return logits
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["prefill", "prefill_by_positions"])
+def test_ragged_prefill_and_decoding_equal_the_full_forward(family, explicit):
+    config, _ = family
+    model, params = transformer(config), random_params(config)
+    prompts, width = (3, 1, 2), 3
+    segments = (np.arange(width)[None, :] < np.array(prompts)[:, None]).astype(np.int32)
+    tokens = jnp.asarray(np.where(segments != 0, TOKENS[:, :width], 5), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape) if explicit else None
+    cache = jax.tree.map(lambda leaf: leaf + 3.0, model.init_cache(3, 9))  # what slots held before must not matter
+    hidden = model.hidden(params, tokens, jnp.asarray(segments), positions=positions, cache=cache)
+    first = np.pad(model.logits(params, hidden.states), ((0, 0), (0, 4), (0, 0)))
+    found = decode(model, params, TOKENS, hidden.cache, first=first, lengths=prompts, last=LENGTHS)
+    expected = forward(model, params, TOKENS, SEGMENTS)
+    for row, length in enumerate(LENGTHS):
+        close(found[row, :length], expected[row, :length])
+
+
+def test_remat_changes_memory_only():
+    tokens, segments = np.tile(TOKENS, (4, 4)), np.tile(SEGMENTS, (4, 4))
+    params = random_params(LLAMA)
+    grads, memory = [], []
+    for remat in (None, DOTS, jax.checkpoint_policies.nothing_saveable):
+        model = transformer(dataclasses.replace(LLAMA, remat=remat))
+        compiled = jax.jit(jax.grad(lambda params: loss(model, params, tokens, segments))).lower(params).compile()  # noqa: B023
+        grads.append(compiled(params))
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    for other in grads[1:]:
+        jax.tree.map(close, other, grads[0])
+    assert memory[0] > memory[1] > memory[2]
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_bfloat16(family, param_dtype):
+    """Compute in bfloat16: logits stay float32, and within bfloat16's rounding of float32's."""
+    config, _ = family
+    config = dataclasses.replace(config, dtype=jnp.bfloat16, param_dtype=param_dtype)
+    model = transformer(config)
+    params = model.init(jax.random.key(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
+    params = jax.tree.map(lambda leaf: 20 * leaf if leaf.ndim > 2 else leaf, params)
+    found = forward(model, params, TOKENS, SEGMENTS)
+    full = transformer(dataclasses.replace(config, dtype=jnp.float32))
+    expected = forward(full, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), TOKENS, SEGMENTS)
+    assert found.dtype == jnp.float32
+    close(found, expected, rtol=0.05)
+    hidden = model.hidden(params, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS), cache=model.init_cache(3, 7))
+    assert {leaf.dtype for leaf in jax.tree.leaves(hidden.cache)} == {jnp.dtype(jnp.bfloat16)}
+    close(model.logits(params, hidden.states)[0], expected[0], rtol=0.05)
+    grads = jax.grad(lambda params: loss(model, params, TOKENS, SEGMENTS))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_init(family):
+    config, _ = family
+    config = dataclasses.replace(config, hidden_size=64, intermediate_size=96, initializer_range=0.05)
+    params = transformer(config).init(jax.random.key(0))
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves(params)}
+    assert ("head/kernel" in names) != config.tie_embeddings
+    assert ("layers/attn/q/bias" in names) == config.qkv_bias
+    assert ("layers/attn/k_norm/scale" in names) == config.qk_norm
+    for name, leaf in names.items():
+        if name.endswith("scale"):
+            assert np.all(leaf == 1), name
+        elif name.endswith("bias"):
+            assert np.all(leaf == 0), name
+        else:
+            np.testing.assert_allclose(np.std(leaf), 0.05, rtol=0.1, err_msg=name)
+    assert names["layers/attn/q/kernel"].shape == (2, 64, config.num_heads * config.head_dim)
+    assert not np.array_equal(*names["layers/mlp/up/kernel"])  # layers differ
+
+
+def leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def test_refusals():
+    model, params = transformer(LLAMA), random_params(LLAMA)
+    tokens, cache = jnp.zeros((2, 5), jnp.int32), model.init_cache(2, 4)
+    with pytest.raises(ValueError, match=r"parents have shape \(2, 4\); expected that of tokens, \(2, 5\)"):
+        model.hidden(params, tokens, tokens, parents=tokens[:, :4])
+    with pytest.raises(ValueError, match=r"2 rows and 4 slots cannot take tokens of \(2, 5\)"):
+        model.hidden(params, tokens, tokens, cache=cache)
+    with pytest.raises(ValueError, match=r"2 rows and 4 slots cannot take tokens of \(1, 4\)"):
+        model.hidden(params, tokens[:1, :4], tokens[:1, :4], cache=cache)
+    with pytest.raises(ValueError, match="parents and a cache were given"):
+        model.hidden(params, tokens[:, :4], tokens[:, :4], parents=tokens[:, :4], cache=cache)
+
+
+def test_on_a_mesh_it_matches_one_device():
+    """Forward, gradient, prefill and decoding on data 2 x model 2, in a process that has four devices."""
+    here = pathlib.Path(__file__).parent
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    script = [sys.executable, str(here / "mesh_script.py")]
+    result = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **flags})
+    assert result.returncode == 0, result.stderr
+    assert "4 devices agree" in result.stdout
