@@ -143,7 +143,10 @@ def write(folder: Path, leaves: Sequence[Leaf], arrays: Sequence[Any], max_shard
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = [_SINGLE] if len(shards) == 1 else files
     for file, shard in zip(files, shards):
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode  # save_file would leave it readable to the owner only
         save_file({name: fetch() for name, _, fetch in shard}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name, _, _ in shard}
         index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": weight_map}

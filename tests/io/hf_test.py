@@ -198,6 +198,7 @@ def test_shard_index_lists_every_tensor_and_the_total(tmp_path, scratch):
     assert files == [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))] and len(files) > 3
     held = {name: file for file in files for name in load_file(tmp_path / "out" / file)}
     assert index["weight_map"] == held
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # all as readable as config.json
     assert index["metadata"]["total_size"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(scratch[1]))
 
 
@@ -343,7 +344,7 @@ def test_hub_id_is_fetched_without_pickles_or_code(monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
     files = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "chat_template.jinja", "merges.txt"]
-    refused = ["pytorch_model.bin", "modeling_x.py", "original/model.safetensors", "consolidated.safetensors", "x.pt"]
+    refused = ["pytorch_model.bin", "modeling_x.py", "original/params.json", "consolidated.safetensors", "x.pt"]
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects(files + refused, **patterns)) == files
 
