@@ -30,9 +30,9 @@ class TrainState(NamedTuple):
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation, key: Array | None = None) -> "TrainState":
         """A state at step 0. `params` are used as they are: pass a copy if the state will be donated."""
-        zero = jnp.zeros((), jnp.int32)
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers, so that both can be donated
         key = jax.random.key(0) if key is None else key
-        return cls(zero, zero, params, optimizer.init(params), key)
+        return cls(step, skipped, params, optimizer.init(params), key)
 
 
 def make_update(

@@ -86,11 +86,12 @@ def policy_metrics(policy_loss, logp, old_logp, advantages, mask, weights, hyper
     logp = jax.lax.stop_gradient(logp)
     _, pull = jax.vjp(lambda x: policy_loss(x, old_logp, advantages, mask, **hyper), logp)
     gradient = pull(jnp.ones_like(logp))[0]
-    ratio = jnp.exp(jnp.where(mask != 0, logp - old_logp, 0.0))
+    counted = mask != 0 if weights is None else (mask != 0) & (weights != 0)[:, None]
+    ratio = jnp.exp(jnp.where(counted, logp - old_logp, 0.0))
     clipped = (gradient == 0) & (jnp.where(mask != 0, advantages, 0.0) != 0)
     return {
         "ratio": reduce.token_mean(ratio, mask, weights),
-        "ratio/max": Max(jnp.max(ratio)),
+        "ratio/max": Max(jnp.max(jnp.where(counted, ratio, 0.0))),
         "approx_kl": reduce.token_mean(losses.k3(old_logp, logp, mask), mask, weights),
         "clip_fraction": reduce.token_mean(clipped.astype(jnp.float32), mask, weights),
     }

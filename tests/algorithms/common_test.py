@@ -1,0 +1,93 @@
+"""Every algorithm times every invariance of an update: a new algorithm is one row of `problems.problems`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import LENGTH, ROWS, assert_same, on_one_device, problems, three_updates, tiny
+
+from alignax import train
+
+NAMES = ("sft", "dpo", "grpo", "dapo")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def problem(request):
+    return problems()[request.param]
+
+
+@pytest.fixture(scope="module")
+def run(problem):
+    return on_one_device()  # one compilation for all tests of a problem that keep its shapes
+
+
+@pytest.fixture(scope="module")
+def expected(problem, run):
+    return three_updates(problem, run=run)
+
+
+def test_every_problem_is_tested():
+    assert set(NAMES) == set(problems())
+
+
+def test_the_update_changes_something(problem, expected):
+    assert max(np.max(np.abs(x)) for x in jax.tree.leaves(expected.gradient)) > 1e-3
+    assert np.isfinite(expected.metrics["loss"])
+
+
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_microbatches(problem, expected, microbatches):
+    assert_same(three_updates(problem, microbatches=microbatches), expected)
+
+
+def test_padding(problem, expected):
+    def longer(x):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 5)]) if x.shape[-1] == LENGTH else x
+
+    assert_same(three_updates(problem, batch=jax.tree.map(longer, problem.batch)), expected)
+
+
+def test_permutation(problem, expected, run):
+    order = np.random.default_rng(0).permutation(ROWS)
+    assert_same(three_updates(problem, run=run, batch=jax.tree.map(lambda x: x[order], problem.batch)), expected)
+
+
+def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, run):
+    batch = problem.batch
+    garbage = {"tokens": np.where(batch.segments, batch.tokens, 7)}  # padding may hold any id
+    garbage["tokens"][2] = 9  # the filler row, any content
+    for name in ("old_logp", "ref_logp"):
+        if getattr(batch, name, None) is not None:
+            garbage[name] = np.where(batch.mask, getattr(batch, name), np.nan)
+            garbage[name][2] = np.where(batch.mask[2], -1e4, np.nan)
+    assert_same(three_updates(problem, run=run, batch=batch._replace(**garbage)), expected)
+
+
+def test_nothing_recompiles_when_a_number_changes(problem):
+    model, params = tiny()
+    traces = []
+    loss_fn = problem.make_loss(model)
+
+    def counted(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+    update = jax.jit(train.make_update(counted, optimizer))
+    state = train.TrainState.create(params, optimizer)
+    seen = None
+    for factor in (1.0, 1.5, 0.5):
+        hyper = {name: value * factor for name, value in problem.hyper.items()}
+        state.opt_state.hyperparams["learning_rate"] = jnp.asarray(0.1 * factor)
+        state, metrics = update(state, problem.batch, problem.frozen, hyper)
+        assert jnp.isfinite(metrics["loss"])
+        seen = len(traces) if seen is None else seen
+    assert len(traces) == seen
+
+
+def test_one_row_too_many_is_refused(problem):
+    model, params = tiny()
+    update = train.make_update(problem.make_loss(model), optax.sgd(0.1), microbatches=3)
+    with pytest.raises(ValueError, match=r"batch\.tokens has 16 rows, which do not divide into microbatches=3"):
+        update(train.TrainState.create(params, optax.sgd(0.1)), problem.batch, problem.frozen, problem.hyper)

@@ -1,0 +1,122 @@
+"""A tiny model and one batch per algorithm, shared by the tests that hold every algorithm to the same properties."""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from alignax import models, reduce, train
+from alignax.algorithms import grpo, preference, sft
+from alignax.types import Model, Params
+
+ROWS, LENGTH, VOCAB = 16, 11, 32
+
+
+class Problem(NamedTuple):
+    make_loss: Callable  # (model) -> loss function
+    batch: Any  # numpy arrays
+    frozen: Any
+    hyper: dict
+
+
+@functools.cache
+def tiny() -> tuple[Model, Params]:
+    """A Llama of two layers with weights large enough for its log-probabilities to differ."""
+    config = models.TransformerConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        initializer_range=0.2,
+    )
+    model = models.transformer(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    # The first norm divides by the size of an embedding, and its gradient with it: small ones would magnify rounding.
+    params["embed"]["embedding"] *= 5
+    return model, params
+
+
+def rows(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Ragged rows: lengths differ, prompts of 3, one row with nothing to learn."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, LENGTH + 1, shape)
+    columns = np.arange(LENGTH)
+    segments = (columns < lengths[..., None]).astype(np.int32)
+    mask = (segments == 1) & (columns >= 3)
+    mask[1] = False
+    tokens = np.where(segments, rng.integers(0, VOCAB, (*shape, LENGTH)), 0).astype(np.int32)
+    return {"tokens": tokens, "segments": segments, "mask": mask}
+
+
+@functools.cache
+def problems() -> dict[str, Problem]:
+    """Name -> problem. Weights hold a filler row; the reference differs from the policy."""
+    rng = np.random.default_rng(1)
+    weights = np.ones(ROWS, np.float32)
+    weights[2] = 0
+    weights[5] = 0.5
+    _, params = tiny()
+    frozen = {"reference": jax.tree.map(lambda x: 0.9 * x, params)}
+    one, two = rows(ROWS), rows(ROWS, 2)
+    noise = partial(rng.normal, size=(ROWS, LENGTH))
+    old_logp, advantages = (-3.4 + 0.2 * noise()).astype(np.float32), rng.normal(size=ROWS).astype(np.float32)
+    rollout = grpo.Batch(**one, advantages=advantages, old_logp=old_logp, weights=weights)
+    return {
+        "sft": Problem(sft.make_loss, sft.Batch(**one, weights=weights), None, {}),
+        "dpo": Problem(preference.make_loss, preference.Batch(**two, weights=weights), frozen, {"beta": 0.3}),
+        "grpo": Problem(grpo.make_loss, rollout, frozen, {"kl_weight": 0.1, "clip_low": 0.3, "temperature": 0.8}),
+        "dapo": Problem(partial(grpo.make_loss, kl=None, mean=reduce.token_mean), rollout, None, {"clip_high": 0.28}),
+    }
+
+
+class Result(NamedTuple):
+    gradient: Any  # of the first update
+    params: Any  # after the third
+    metrics: dict  # of the third
+
+
+def three_updates(
+    problem: Problem, *, run: Callable | None = None, batch: Any = None, microbatches: int = 1, axis_name=None
+) -> Result:
+    """Three SGD updates on one batch; `run(update, state, batch, frozen, hyper)` places the arrays and compiles."""
+    model, params = tiny()
+    # an optimizer that keeps the gradient it was given: the difference of parameters would be too coarse
+    keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p=None: (g, g))
+    optimizer = optax.chain(keep, optax.sgd(0.1))
+    update = train.make_update(problem.make_loss(model), optimizer, microbatches=microbatches, axis_name=axis_name)
+    run = on_one_device() if run is None else run
+    state, batch = train.TrainState.create(params, optimizer), problem.batch if batch is None else batch
+    gradients, metrics = [], {}
+    for _ in range(3):
+        state, metrics = run(update, state, batch, problem.frozen, problem.hyper)
+        gradients.append(state.opt_state[0])
+    return jax.tree.map(np.asarray, Result(gradients[0], state.params, metrics))
+
+
+def on_one_device() -> Callable:
+    """Compiles once and runs where the arrays are."""
+    compiled = []
+
+    def run(update, *args):
+        if not compiled:
+            compiled.append(jax.jit(update))
+        return compiled[0](*args)
+
+    return run
+
+
+def assert_same(result: Result, expected: Result, params_atol: float = 1e-6) -> None:
+    """Gradients to 1e-6 of their largest entry, parameters to 1e-6, metrics to float32 rounding."""
+    largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected.gradient))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest), result.gradient, expected.gradient)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=params_atol), result.params, expected.params)
+    for name, value in expected.metrics.items():
+        np.testing.assert_allclose(result.metrics[name], value, rtol=2e-5, atol=2e-5, err_msg=name)
