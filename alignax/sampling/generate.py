@@ -90,14 +90,13 @@ def generate(
     lengths = lengths.astype(jnp.int32)
     columns = jnp.arange(size, dtype=jnp.int32)[None]
 
-    cache, logits = loop.prefill(model, params, prompts, lengths, size=size)
+    cache = loop.prefill(model, params, prompts, lengths, size=size)
     tokens = jnp.where(columns < lengths[:, None], jnp.pad(prompts.astype(jnp.int32), ((0, 0), (0, size - width))), 0)
-    cache, logits, tokens, starts = _repeat((cache, logits, tokens, lengths), group)
-    state = loop.State(
-        cache, tokens, logp=jnp.zeros((rows, size), jnp.float32), ends=starts, done=jnp.zeros(rows, bool)
-    )
+    cache, tokens, starts = _repeat((cache, tokens, lengths), group)
+    logp, done = jnp.zeros((rows, size), jnp.float32), jnp.zeros(rows, bool)
     method = functools.partial(choose, keys=draw.row_keys(key, row_ids), settings=settings, process=process)
-    state = loop.decode(model, params, state, logits, method, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
+    state = loop.State(cache, tokens, logp, starts, done)
+    state = loop.decode(model, params, state, method, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
     filled = columns < state.ends[:, None]
     return Samples(

@@ -1,7 +1,9 @@
 """Prefill and the decoding loop: a model and a way to choose tokens in, filled rows out.
 
-Rows are filled in place and are never out of step with their cache: the token of column c lies in slot c. A row that is
-done feeds its last token to the slot it already lies in, so it changes nothing and stays in bounds.
+Rows are filled in place and never out of step with their cache: the token of column c lies in slot c. One step feeds
+the last token of each row and writes the next. That the prefill has seen the last token of the prompt before changes
+nothing but spares the loop a first step of another kind; and a row that is done feeds its last token to the slot it
+already lies in, so it changes nothing and stays in bounds.
 """
 
 from collections.abc import Callable
@@ -26,36 +28,24 @@ class State(NamedTuple):
     done: Bool[Array, " R"]  # an EOS was chosen
 
 
-def prefill(
-    model: Model, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], *, size: int
-) -> tuple[Cache, Float[Array, "B V"]]:
-    """A cache of `size` slots that holds the prompts, and the logits after the last token of each.
+def prefill(model: Model, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], *, size: int) -> Cache:
+    """A cache of `size` slots that holds the prompts.
 
-    Without positions the tokens of a row go to its first slots. Padding goes into those behind the prompt; the
-    completion overwrites each of them before a token sees it.
+    Without positions a model puts the tokens of a row into its first slots. Padding goes into those behind the prompt;
+    the completion overwrites each of them before a token sees it.
     """
     batch, width = prompts.shape
     segments = (jnp.arange(width)[None] < lengths[:, None]).astype(jnp.int32)
-    hidden = model.hidden(params, prompts, segments, cache=model.init_cache(batch, size))
-    last = jnp.take_along_axis(hidden.states, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return hidden.cache, model.logits(params, last)
+    return model.hidden(params, prompts, segments, cache=model.init_cache(batch, size)).cache
 
 
 def decode(
-    model: Model,
-    params: Params,
-    state: State,
-    logits: Float[Array, "R V"],
-    choose: Choose,
-    *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
+    model: Model, params: Params, state: State, choose: Choose, *, max_new_tokens: int, eos_ids: tuple[int, ...]
 ) -> State:
-    """Fills rows until each has an EOS or max_new_tokens more tokens; `logits` are those of the first column to fill.
+    """Fills rows until each has an EOS or max_new_tokens more tokens.
 
     choose: `(logits [R, V], tokens [R, T], columns [R]) -> (token [R], logp [R])`.
     """
-    state = _append(state, *choose(logits, state.tokens, state.ends), eos_ids)
 
     def unfinished(carry):
         count, state = carry
@@ -64,10 +54,10 @@ def decode(
     def step(carry):
         count, state = carry
         logits, cache = _feed(model, params, state)
-        state = state._replace(cache=cache)
-        return count + 1, _append(state, *choose(logits, state.tokens, state.ends), eos_ids)
+        token, logp = choose(logits, state.tokens, state.ends)
+        return count + 1, _append(state._replace(cache=cache), token, logp, eos_ids)
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(1), state))[1]
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
 def _feed(model: Model, params: Params, state: State) -> tuple[Array, Cache]:
