@@ -8,7 +8,7 @@ whatever the batch was split into. Counts depend on masks alone, so they are sum
 that would come with them); then each part's gradient is already divided rightly, and parts simply add up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,33 @@ def make_update(
         return _apply(state, grads, optimizer, report)
 
     return update
+
+
+def make_measure(loss_fn: LossFn) -> Callable[..., dict[str, Mean | Max]]:
+    """Makes `measure(params, batch, frozen=None, hyper=None) -> {name: Mean or Max}`, for held-out rows; jit it.
+
+    It gives the loss function's metrics and its terms as `loss/NAME`, not yet divided: see `merge`.
+    """
+
+    def measure(params: Params, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
+        terms, metrics = loss_fn(params, batch, frozen, dict(hyper or {}))
+        return dict(metrics) | {f"loss/{name}": term.mean for name, term in terms.items()}
+
+    return measure
+
+
+def merge(parts: Iterable[dict[str, Mean | Max]]) -> dict[str, Array]:
+    """The values over several batches of what `make_measure` gave for each: means of all rows, not means of means.
+
+    Raises:
+      ValueError: when there is no part.
+    """
+    parts = list(parts)
+    if not parts:
+        raise ValueError("merge: there is nothing to merge; expected the measures of at least one batch")
+    return {
+        name: value.value() for name, value in _combine(jax.tree.map(lambda *x: jnp.stack(x), *parts), None).items()
+    }
 
 
 def minibatches(key: Array, batch: Any, count: int) -> Iterator[Any]:

@@ -1,0 +1,43 @@
+"""Calling a reward function, with everything that can be wrong about what it returns checked once."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Reward = Callable[..., Sequence[float]]
+
+
+def evaluate(
+    reward: Reward,
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> np.ndarray:
+    """`reward(prompts, completions, **columns)` as float32 `[B]`, checked.
+
+    Args:
+      reward: any function of the field's signature. It takes the columns it knows and `**_` for the others.
+      prompts, completions: B of each.
+      columns: name -> B values, such as the answer that belongs to a prompt.
+
+    Raises:
+      ValueError: for a column of another length, another number of rewards than completions, or a reward that is not
+        a finite number; the error names the row and its prompt.
+    """
+    columns = dict(columns or {})
+    for name, values in {"completions": completions, **columns}.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"evaluate: {len(prompts)} prompts, but {len(values)} values of {name!r}")
+    rewards = list(reward(prompts, completions, **columns))
+    name = getattr(reward, "__name__", repr(reward))
+    if len(rewards) != len(prompts):
+        raise ValueError(f"reward {name} returned {len(rewards)} numbers for {len(prompts)} completions")
+    for row, value in enumerate(rewards):
+        if value is None or not math.isfinite(value):
+            raise ValueError(
+                f"reward {name} returned {value} for row {row}, prompt {prompts[row]!r}, completion "
+                f"{completions[row]!r}; expected a finite number"
+            )
+    return np.asarray(rewards, np.float32)
