@@ -171,7 +171,7 @@ class Run:
             for name, value in finite.items():
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix({n: format_number(values[n]) for n in self._show if n in values}, refresh=False)
-        self._bar.update()
+        self._bar.update(step - self._bar.n)
         if len(finite) < len(values):
             bad = ", ".join(f"{name} = {value}" for name, value in values.items() if name not in finite)
             warnings.warn(f"step {step}: not finite: {bad}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,269 @@
+"""Group-relative policy optimisation: a Hugging Face folder, a file of prompts and a reward in, the aligned folder out.
+
+    python experiments/grpo.py --model FOLDER --data prompts.jsonl --reward my_rewards.py:reward --output runs/grpo
+
+A reward is a function `reward(prompts, completions, **columns) -> list[float]`: one of `REWARDS` below, or any in a
+file of your own. It gets the columns of the data (a column may be renamed: `--columns question=prompt`), and
+`truncated`, whether each completion was cut off. Results in the output folder: model/ (a Hugging Face folder),
+metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from alignax import advantages, data, losses, models, reduce, rewards, sampling, sharding, train
+from alignax.algorithms import grpo
+from alignax.data import text, truncation
+from alignax.io import hf
+from alignax.logprobs import token_logprobs
+
+HAPPY = (
+    "happy",
+    "smile",
+    "smiled",
+    "laugh",
+    "laughed",
+    "fun",
+    "love",
+    "loved",
+    "hug",
+    "hugged",
+    "joy",
+    "proud",
+    "glad",
+)
+REWARDS = {
+    "happy_ending": rewards.weighted((1.0, rewards.distinct_words(HAPPY, enough=5)), (0.5, rewards.finished)),
+    "last_number": rewards.last_number,
+}
+ADVANTAGES = {"group_relative": advantages.group_relative, "group_centred": advantages.group_centred}
+KLS = {"k2": losses.k2, "k3": losses.k3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Group-relative policy optimisation."""
+
+    model: str
+    """Hugging Face folder, or id on the hub; also the first reference."""
+    data: str
+    """JSONL, JSON or Parquet file of prompts, a folder of these, or an id of the hub."""
+    output: pathlib.Path
+    """New folder for everything that comes out."""
+    reward: str = "happy_ending"
+    """happy_ending, last_number, or FILE.py:FUNCTION."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Columns of the data to rename, old name and new name."""
+    steps: int = 100
+    """Rollouts."""
+    prompts: int = 8
+    """Prompts of a rollout."""
+    group: int = 8
+    """Completions of each prompt."""
+    epochs: int = 1
+    """Passes over a rollout, each with a new permutation."""
+    minibatches: int = 1
+    """Updates of one pass."""
+    microbatches: int = 1
+    """Parts into which an update is split to save memory; the result is the same."""
+    max_prompt_tokens: int = 256
+    """Longer prompts are left out and counted."""
+    max_new_tokens: int = 128
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities trained on."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this probability."""
+    advantages: Literal["group_relative", "group_centred"] = "group_relative"
+    """Whether rewards are divided by their group's standard deviation (GRPO) or only centred (Dr. GRPO)."""
+    mean: Literal["sequence", "token", "constant"] = "sequence"
+    """Mean over rows of each row's mean (GRPO), over tokens (DAPO), or by the constant max_new_tokens (Dr. GRPO)."""
+    clip_low: float = 0.2
+    """How far below 1 a ratio counts."""
+    clip_high: float = 0.2
+    """How far above 1 a ratio counts."""
+    kl: Literal["k2", "k3"] = "k3"
+    """Estimator of KL(policy || reference) in the loss."""
+    kl_weight: float = 0.04
+    """Its weight (beta)."""
+    ema_rate: float = 0.0
+    """How far the reference follows the policy after each rollout; 0 keeps it fixed."""
+    held_out: float = 0.1
+    """Fraction of the prompts that is evaluated on and never trained on."""
+    evaluate_every: int = 25
+    """Rollouts between two evaluations."""
+    evaluate_prompts: int = 64
+    """Most held-out prompts of an evaluation, one completion of each."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup: int = 5
+    """Updates over which the learning rate rises."""
+    schedule: common.Schedule = "constant"
+    """How it falls afterwards."""
+    max_grad_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 clips nothing."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    model_axis: int = 1
+    """Devices over which each layer is split; the others take different rows."""
+    seed: int = 0
+    """Of the data order and of sampling."""
+
+
+def find_reward(name: str) -> rewards.Reward:
+    """A reward by name, or the function FUNCTION of the user's FILE.py."""
+    if name in REWARDS:
+        return REWARDS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not pathlib.Path(path).is_file():
+        raise ValueError(
+            f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
+        )
+    found = runpy.run_path(path).get(function)
+    if not callable(found):
+        raise ValueError(f"--reward {name}: {path} has no function {function!r}")
+    return found
+
+
+def load_prompts(config: Config, tokenizer) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
+    """Prompts to train on and prompts held out; prints how many were left out, and why."""
+    found, bad = data.parse(data.read(config.data), data.formats.prompts, columns=config.columns)
+    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=truncation.drop)
+    kept, long = data.collect(encode, found)
+    print(data.summary(kept, bad + long))
+    return data.split(kept, config.held_out, seed=config.seed)
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    if config.group < 2:
+        raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
+    reward = find_reward(config.reward)
+    updates = config.epochs * config.minibatches  # per rollout
+    run = common.Run(
+        config.output,
+        config,
+        total=config.steps,
+        show=("reward", "kl", "length", "held_out/reward"),
+        curves=("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy", "clip_fraction", "truncated"),
+    )
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    prompts, held_out = load_prompts(config, loaded.tokenizer)
+    held_out = held_out[: config.evaluate_prompts]
+    # one width for all prompts: it is part of the sampler's and the update's compiled shapes
+    width = max(prompt.length for prompt in [*prompts, *held_out])
+    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
+
+    optimizer = common.make_optimizer(
+        config.learning_rate,
+        steps=config.steps * updates,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+    )
+    create = sharding.born_sharded(
+        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
+    )
+    state = create(loaded.params, jax.random.key(config.seed))
+    reference = loaded.params
+    means = {
+        "sequence": reduce.sequence_mean,
+        "token": reduce.token_mean,
+        "constant": partial(reduce.constant_mean, constant=config.max_new_tokens),
+    }
+    loss_fn = grpo.make_loss(loaded.model, kl=KLS[config.kl], mean=means[config.mean])
+    hyper = {name: getattr(config, name) for name in ("kl_weight", "temperature", "clip_low", "clip_high")}
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+
+    @jax.jit
+    def score(params, rows: sampling.Samples):
+        return token_logprobs(
+            loaded.model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature
+        )
+
+    follow = jax.jit(train.ema)
+    generate = partial(sampling.generate, loaded.model, max_new_tokens=config.max_new_tokens, eos_ids=loaded.eos_ids)
+    sample, sample_one = jax.jit(partial(generate, group=config.group)), jax.jit(generate)
+
+    def judge(batch: dict, samples: sampling.Samples, group: int) -> tuple[Sequence[str], np.ndarray]:
+        """Texts and rewards of samples, each with the prompt and the columns of its row."""
+        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+        rows = [row for row in batch["columns"] for _ in range(group)]
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns["truncated"] = common.to_host(samples.truncated).tolist()
+        asked = [prompt for prompt in batch["prompts"] for _ in range(group)]
+        return completions, rewards.evaluate(reward, asked, completions, columns)
+
+    def evaluate(title: str | None = None) -> dict[str, float]:
+        """One completion of each held-out prompt: mean reward, and KL to the model as it was loaded."""
+        ((batch, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+        key = jax.random.key(config.seed + 1)  # the same every time, so that evaluations differ by the policy alone
+        rows = sample_one(state.params, batch["tokens"], batch["lengths"], key, temperature=config.temperature)
+        kl = reduce.sequence_sum(rows.logp - score(loaded.params, rows), rows.mask).value()
+        completions, scores = judge(batch, rows, 1)
+        if title:
+            common.print_samples(title, batch["prompts"][:4], completions[:4])
+        values = {"reward": scores.mean(), "kl": kl, "length": rows.lengths.mean(), "truncated": rows.truncated.mean()}
+        return {f"held_out/{name}": float(value) for name, value in values.items()}
+
+    with run:
+        result = evaluate("before")
+        run.log(0, result)
+        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        for step in range(1, config.steps + 1):
+            sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
+            batch, _ = next(stream)
+            asked = sharding.shard_batch((batch["tokens"], batch["lengths"]), mesh)
+            rows = sample(state.params, *asked, sample_key, temperature=config.temperature, top_p=config.top_p)
+            _, scores = judge(batch, rows, config.group)
+            counted = np.repeat(batch["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
+            grouped = jnp.asarray(scores).reshape(-1, config.group)
+            rollout = grpo.Batch(
+                rows.tokens,
+                rows.segments,
+                mask=rows.mask,
+                advantages=ADVANTAGES[config.advantages](grouped).reshape(-1),
+                # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
+                old_logp=None if updates == 1 else score(state.params, rows),
+                ref_logp=score(reference, rows),
+                weights=jnp.asarray(counted, jnp.float32),
+            )
+            metrics = {}
+            for epoch in range(config.epochs):
+                for part in train.minibatches(jax.random.fold_in(order_key, epoch), rollout, config.minibatches):
+                    state, metrics = update(state, sharding.shard_batch(part, mesh), None, hyper)
+            if config.ema_rate > 0:
+                reference = follow(reference, state.params, rate=config.ema_rate)
+            metrics |= {
+                "reward": scores[counted].mean(),
+                "reward/std": scores[counted].std(),
+                "frac_reward_zero_std": (grouped.std(axis=1) == 0).mean(),
+                "length": rows.lengths[counted].mean(),
+                "truncated": rows.truncated[counted].mean(),
+            }
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result = evaluate("after" if step == config.steps else None)
+                metrics |= result
+            run.log(step, metrics)
+    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    first = run.history["held_out/reward"][0][1]
+    print(
+        f"held-out reward {first:.3f} -> {result['held_out/reward']:.3f} "
+        f"at KL {result['held_out/kl']:.2f}; {config.output}"
+    )
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,162 @@
+"""Learning from preference pairs: a Hugging Face folder and a file of pairs in, the aligned folder out.
+
+    python experiments/preference.py --model FOLDER --data pairs.jsonl --output runs/dpo --loss dpo --beta 0.1
+
+Pairs have the columns prompt, chosen, rejected; the prompt may also be the beginning that both sides share, and all may
+be texts or conversations (`alignax.data.formats`). The reference is the model as it was loaded. Results in the output
+folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from functools import partial
+from typing import Literal
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from alignax import data, losses, models, sampling, sharding, train
+from alignax.algorithms import preference
+from alignax.data import text, truncation
+from alignax.io import hf
+
+LOSSES = {"dpo": losses.dpo, "ipo": losses.ipo, "ipo_average": losses.ipo_average}
+TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Learning from preference pairs."""
+
+    model: str
+    """Hugging Face folder, or id on the hub; also the reference."""
+    data: str
+    """JSONL, JSON or Parquet file, a folder of these, or an id of the hub."""
+    output: pathlib.Path
+    """New folder for everything that comes out."""
+    loss: Literal["dpo", "ipo", "ipo_average"] = "dpo"
+    """The pairwise loss."""
+    beta: float = 0.1
+    """How strongly the reference holds."""
+    label_smoothing: float = 0.0
+    """For dpo: the probability that a label is wrong."""
+    steps: int = 200
+    """Updates."""
+    batch_size: int = 16
+    """Pairs of an update."""
+    microbatches: int = 1
+    """Parts into which an update is split to save memory; the result is the same."""
+    limit: int = 512
+    """Most tokens of one side, prompt included."""
+    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    """What becomes of pairs with a longer side; dropped ones are counted, refused ones are an error."""
+    drop_bad_rows: bool = False
+    """Leave out pairs that cannot be used, and count them; otherwise the first one is an error."""
+    held_out: float = 0.1
+    """Fraction of the pairs that is evaluated on and never trained on."""
+    evaluate_every: int = 50
+    """Updates between two evaluations."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup: int = 10
+    """Updates over which the learning rate rises."""
+    schedule: common.Schedule = "linear"
+    """How it falls afterwards."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; none on biases and norms."""
+    max_grad_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 clips nothing."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    model_axis: int = 1
+    """Devices over which each layer is split; the others take different pairs."""
+    seed: int = 0
+    """Of the data order and of sampling."""
+
+
+def load_pairs(config: Config, tokenizer) -> tuple[list[data.TokenPair], list[data.TokenPair]]:
+    """Tokenised pairs to train on and pairs held out; prints how many were left out, and why."""
+    pairs, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
+    if not isinstance(pairs[0] if pairs else None, data.Pair):
+        raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
+    encode = partial(data.tokenize_pair, tokenizer, limit=config.limit, truncate=TRUNCATIONS[config.truncate])
+    rows, unfit = data.collect(encode, pairs, drop=config.drop_bad_rows)
+    print(data.summary(rows, bad + unfit))
+    return data.split(rows, config.held_out, seed=config.seed)
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    run = common.Run(
+        config.output,
+        config,
+        total=config.steps,
+        show=("loss", "rewards/accuracies", "held_out/rewards/accuracies"),
+        curves=("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "held_out/rewards/accuracies"),
+    )
+    hyper = {"beta": config.beta} | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {})
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    pairs, held_out = load_pairs(config, loaded.tokenizer)
+    buckets = [config.limit // 4, config.limit // 2, config.limit]
+    batches = partial(data.batches, collate=data.batching.pairs, batch_size=config.batch_size, buckets=buckets)
+    print("training pairs:", data.batching.statistics(pairs, batch_size=config.batch_size, buckets=buckets))
+
+    optimizer = common.make_optimizer(
+        config.learning_rate,
+        steps=config.steps,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    create = sharding.born_sharded(
+        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
+    )
+    state = create(loaded.params, jax.random.key(config.seed))
+    frozen = {"reference": loaded.params}
+    loss_fn = preference.make_loss(loaded.model, loss=LOSSES[config.loss])
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    measure = jax.jit(train.make_measure(loss_fn))
+    sample = jax.jit(partial(sampling.generate, loaded.model, max_new_tokens=64, eos_ids=loaded.eos_ids))
+
+    def place(batch):
+        return sharding.shard_batch(preference.Batch(**batch), mesh)
+
+    def evaluate() -> dict[str, jax.Array]:
+        everything = batches(held_out, seed=None, epochs=1)
+        values = train.merge(measure(state.params, place(batch), frozen, hyper) for batch, _ in everything)
+        names = {"held_out/loss": "loss/pairs"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
+        return {new: values[old] for new, old in names.items()}
+
+    def show(title: str) -> None:
+        shown = [pair.chosen.tokens[: pair.chosen.mask.argmax()][-128:] for pair in held_out[:4]]
+        tokens = np.stack([np.pad(prompt, (0, 128 - len(prompt))) for prompt in shown])
+        samples = sample(state.params, tokens, np.array([len(prompt) for prompt in shown]), state.key)
+        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+        common.print_samples(title, loaded.tokenizer.batch_decode(shown), completions)
+
+    show("before")
+    with run:
+        result = run.log(0, evaluate())
+        for step, (batch, _) in enumerate(itertools.islice(batches(pairs, seed=config.seed), config.steps), start=1):
+            state, metrics = update(state, place(batch), frozen, hyper)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result = evaluate()
+                metrics |= result
+            run.log(step, metrics)
+    show("after")
+    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    result = {name: float(value) for name, value in result.items()}
+    accuracy = result["held_out/rewards/accuracies"]
+    error = (accuracy * (1 - accuracy) / len(held_out)) ** 0.5
+    print(f"held-out accuracy {accuracy:.3f} +- {error:.3f} over {len(held_out)} pairs; {config.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,162 @@
+"""Supervised fine-tuning of a Hugging Face folder on a file of text, and the tuned folder back.
+
+    python experiments/sft.py --model FOLDER --data stories.jsonl --output runs/sft
+
+The data are texts, prompts with completions, or conversations (`alignax.data.formats`); the columns tell which. Results
+in the output folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from functools import partial
+from typing import Literal
+
+import common
+import jax
+import jax.numpy as jnp
+import tyro
+
+from alignax import data, models, sampling, sharding, train
+from alignax.algorithms import sft
+from alignax.data import text, truncation
+from alignax.io import hf
+
+TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Supervised fine-tuning."""
+
+    model: str
+    """Hugging Face folder, or id on the hub."""
+    data: str
+    """JSONL, JSON, Parquet or text file, a folder of these, or an id of the hub."""
+    output: pathlib.Path
+    """New folder for everything that comes out."""
+    steps: int = 200
+    """Updates."""
+    batch_size: int = 16
+    """Rows of an update."""
+    microbatches: int = 1
+    """Parts into which an update is split to save memory; the result is the same."""
+    limit: int = 512
+    """Most tokens of a row."""
+    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    """What becomes of longer rows; dropped ones are counted, refused ones are an error."""
+    drop_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
+    every_turn: bool = False
+    """In conversations, train on every assistant turn, not only on the last."""
+    held_out: float = 0.05
+    """Fraction of the rows that is evaluated on and never trained on."""
+    evaluate_every: int = 50
+    """Updates between two evaluations."""
+    learning_rate: float = 2e-5
+    """Peak learning rate of AdamW."""
+    warmup: int = 10
+    """Updates over which the learning rate rises."""
+    schedule: common.Schedule = "cosine"
+    """How it falls afterwards."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; none on biases and norms."""
+    max_grad_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 clips nothing."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    model_axis: int = 1
+    """Devices over which each layer is split; the others take different rows."""
+    seed: int = 0
+    """Of the data order and of sampling."""
+
+
+def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenRow], list[data.TokenRow]]:
+    """Tokenised rows to train on and rows held out; prints how many were left out, and why."""
+    examples, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
+    encode = partial(
+        data.tokenize_example,
+        tokenizer,
+        limit=config.limit,
+        truncate=TRUNCATIONS[config.truncate],
+        every_turn=config.every_turn,
+    )
+    rows, unfit = data.collect(encode, examples, drop=config.drop_bad_rows)
+    print(data.summary(rows, bad + unfit))
+    return data.split(rows, config.held_out, seed=config.seed)
+
+
+def first_tokens(rows: list[data.TokenRow]) -> tuple[jax.Array, jax.Array]:
+    """Prompts to sample from: what comes before a row's completion, or the first token of a row that is all text."""
+    starts = [row.tokens[: max(1, int(row.mask.argmax()))] for row in rows]
+    width = max(map(len, starts))
+    tokens = jnp.stack([jnp.pad(jnp.asarray(start), (0, width - len(start))) for start in starts])
+    return tokens, jnp.array([len(start) for start in starts])
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    run = common.Run(
+        config.output,
+        config,
+        total=config.steps,
+        show=("loss", "held_out/loss"),
+        curves=("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "grad_norm"),
+    )
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    rows, held_out = load_rows(config, loaded.tokenizer)
+    buckets = [config.limit // 4, config.limit // 2, config.limit]
+    batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)
+    print("training rows:", data.batching.statistics(rows, batch_size=config.batch_size, buckets=buckets))
+
+    optimizer = common.make_optimizer(
+        config.learning_rate,
+        steps=config.steps,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    create = sharding.born_sharded(
+        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
+    )
+    state = create(loaded.params, jax.random.key(config.seed))
+    loss_fn = sft.make_loss(loaded.model)
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    measure = jax.jit(train.make_measure(loss_fn))
+    sample = jax.jit(partial(sampling.generate, loaded.model, max_new_tokens=64, eos_ids=loaded.eos_ids))
+
+    def place(batch):
+        return sharding.shard_batch(sft.Batch(**batch), mesh)
+
+    def evaluate() -> dict[str, jax.Array]:
+        parts = [measure(state.params, place(batch)) for batch, _ in batches(held_out, seed=None, epochs=1)]
+        values = train.merge(parts)
+        return {"held_out/loss": values["loss/nll"], "held_out/accuracy": values["mean_token_accuracy"]}
+
+    def show(title: str) -> None:
+        tokens, lengths = first_tokens(held_out[:4])
+        samples = sample(state.params, tokens, lengths, state.key)
+        prompts = loaded.tokenizer.batch_decode([row[:n] for row, n in zip(common.to_host(tokens), lengths)])
+        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+        common.print_samples(title, prompts, completions)
+
+    show("before")
+    with run:
+        result = run.log(0, evaluate())
+        for step, (batch, _) in enumerate(itertools.islice(batches(rows, seed=config.seed), config.steps), start=1):
+            state, metrics = update(state, place(batch))
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result = evaluate()
+                metrics |= result
+            run.log(step, metrics)
+    show("after")
+    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    result = {name: float(value) for name, value in result.items()}
+    print(f"held-out loss {run.history['held_out/loss'][0][1]:.4f} -> {result['held_out/loss']:.4f}; {config.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
