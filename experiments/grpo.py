@@ -13,7 +13,7 @@ import pathlib
 import runpy
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import common
 import jax
@@ -129,7 +129,7 @@ def find_reward(name: str) -> rewards.Reward:
         raise ValueError(
             f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
         )
-    found = runpy.run_path(path).get(function)
+    found: Any = runpy.run_path(path).get(function)
     if not callable(found):
         raise ValueError(f"--reward {name}: {path} has no function {function!r}")
     return found
