@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -31,10 +31,10 @@ def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), tuple(axes))
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """The `NamedSharding` of every leaf, by the first rule that matches its path.
 
-    Works on arrays and on shapes (`jax.eval_shape`). A leaf with fewer axes than its rule (a step counter, a factored
+    Works on arrays and on shapes (`jax.eval_shape`), for a mesh of devices or an abstract one. A leaf with fewer axes than its rule (a step counter, a factored
     moment) is replicated.
 
     Raises:
@@ -121,7 +121,7 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     if len(spec) > len(shape):
         return PartitionSpec()
     entries = [_present(entry, mesh) for entry in spec]
@@ -132,6 +132,6 @@ def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> 
     return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
 
 
-def _present(entry: Any, mesh: Mesh) -> tuple[str, ...]:
+def _present(entry: Any, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
     return tuple(axis for axis in axes if axis in mesh.shape)

@@ -30,7 +30,7 @@ def tiny() -> tuple[Model, Params]:
     config = models.TransformerConfig(
         vocab_size=VOCAB,
         hidden_size=16,
-        intermediate_size=32,
+        intermediate_size=24,
         num_layers=2,
         num_heads=4,
         num_kv_heads=2,

@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import rows, tiny
+
+from alignax import logprobs
+
+
+def expected_scores(model, params, tokens, segments, temperature=1.0):
+    """Shift, softmax and entropy in numpy float64, from the logits of the whole row."""
+    states = model.hidden(params, jnp.asarray(tokens), jnp.asarray(segments)).states
+    logits = np.asarray(model.logits(params, states), np.float64) / temperature
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    out = {name: np.zeros(tokens.shape) for name in ("logp", "entropy", "correct", "logits")}
+    for b, t in np.ndindex(tokens.shape):
+        if t == 0 or segments[b, t] == 0 or segments[b, t - 1] != segments[b, t]:
+            continue
+        before, token = logp[b, t - 1], tokens[b, t]
+        out["logp"][b, t] = before[token]
+        out["entropy"][b, t] = -np.sum(np.exp(before) * before)
+        out["correct"][b, t] = token == before.argmax()
+        out["logits"][b, t] = logits[b, t - 1].mean()
+    return out
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return rows(5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 256])  # one column at a time, blocks that do not divide, all at once
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_against_numpy(batch, chunk, temperature):
+    model, params = tiny()
+    tokens, segments = batch["tokens"], batch["segments"]
+    want = ("entropy", "correct", "logits")
+    scores = logprobs.score(
+        model,
+        params,
+        jnp.asarray(tokens),
+        jnp.asarray(segments),
+        temperature=temperature,
+        want=want,
+        chunk=chunk,
+    )
+    expected = expected_scores(model, params, tokens, segments, temperature)
+    for name in ("logp", *want):
+        np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    assert scores.logp.dtype == jnp.float32
+
+
+def test_only_what_is_wanted_is_there(batch):
+    model, params = tiny()
+    scores = logprobs.score(model, params, jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
+    assert scores.entropy is None and scores.correct is None and scores.logits is None
+
+
+def test_the_mask_selects(batch):
+    model, params = tiny()
+    tokens, segments, mask = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
+    whole = logprobs.token_logprobs(model, params, tokens, segments)
+    np.testing.assert_array_equal(
+        logprobs.token_logprobs(model, params, tokens, segments, mask=mask), jnp.where(mask, whole, 0)
+    )
+    boolean = logprobs.token_logprobs(model, params, tokens, segments != 0)
+    np.testing.assert_array_equal(boolean, whole)
+
+
+def test_packed_rows_equal_rows_of_their_own():
+    model, params = tiny()
+    tokens = np.random.default_rng(0).integers(0, 32, (1, 10)).astype(np.int32)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0, 0]], np.int32)
+    packed = logprobs.token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(segments))
+    first = logprobs.token_logprobs(model, params, jnp.asarray(tokens[:, :4]), jnp.ones((1, 4), bool))
+    second = logprobs.token_logprobs(model, params, jnp.asarray(tokens[:, 4:7]), jnp.ones((1, 3), bool))
+    np.testing.assert_allclose(packed[:, :4], first, atol=1e-6)
+    np.testing.assert_allclose(packed[:, 4:7], second, atol=1e-6)
+    np.testing.assert_array_equal(packed[:, [0, 4, 7, 8, 9]], np.zeros((1, 5)))  # a first token has no predecessor
+
+
+def test_a_completion_of_a_shared_prompt_starts_where_the_prompt_ends():
+    model, params = tiny()
+    tokens = np.random.default_rng(0).integers(0, 32, (1, 7)).astype(np.int32)
+    segments = np.array([[1, 1, 1, 2, 2, 2, 0]], np.int32)
+    parents = np.array([[0, 0, 0, 1, 1, 1, 0]], np.int32)
+    arrays = [jnp.asarray(x) for x in (tokens, segments)]
+    scores = logprobs.score(model, params, *arrays, parents=jnp.asarray(parents))
+    joined = logprobs.token_logprobs(model, params, arrays[0], arrays[1] != 0)
+    np.testing.assert_allclose(scores.logp, joined, atol=1e-6)
+
+
+def test_gradient_equals_that_of_materialised_logits(batch):
+    model, params = tiny()
+    tokens, segments, mask = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
+
+    def chunked(params):
+        return jnp.sum(logprobs.score(model, params, tokens, segments, mask=mask, chunk=10).logp)
+
+    def whole(params):
+        logits = model.logits(params, model.hidden(params, tokens, segments).states)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(mask[:, 1:], logp, 0))
+
+    ours, theirs = jax.jit(jax.grad(chunked))(params), jax.jit(jax.grad(whole))(params)
+    largest = max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), ours, theirs)
+
+
+def test_no_array_of_the_size_of_all_logits():
+    model, params = tiny()
+    tokens = jnp.zeros((4, 512), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(logprobs.token_logprobs(model, params, tokens, tokens == 0))
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    assert "4x64x32xf32" in text and "512x32xf32" not in text  # the vocabulary has 32 tokens
+
+
+def test_bad_arguments_are_refused(batch):
+    model, params = tiny()
+    tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
+    with pytest.raises(ValueError, match=r"want=\('entropi',\) is unknown; expected some of 'entropy'"):
+        logprobs.score(model, params, tokens, segments, want=("entropi",))
+    with pytest.raises(ValueError, match=r"temperature=0\.0; expected a number above 0"):
+        logprobs.score(model, params, tokens, segments, temperature=0.0)
+    with pytest.raises(AssertionError):
+        logprobs.score(model, params, tokens, segments[:, :-1])

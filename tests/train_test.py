@@ -1,0 +1,150 @@
+"""Updates of a model of two numbers, whose gradients are written out in numpy."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignax import train
+from alignax.types import Max, Mean, Term
+
+RNG = np.random.default_rng(0)
+BATCH = {"x": RNG.normal(size=(8, 3)).astype(np.float32), "mask": RNG.random((8, 3)) < 0.6}
+BATCH["mask"][0] = False
+PARAMS = {"w": jnp.array(0.5), "b": jnp.array(-0.2)}
+RATE = 0.1
+
+
+def loss_fn(params, batch, frozen, hyper):
+    """mean over tokens of (w x + b)^2, and scale times the mean over non-empty rows of their sums of w x."""
+    y = params["w"] * batch["x"] + params["b"]
+    tokens = Mean(jnp.sum(jnp.where(batch["mask"], y**2, 0)), jnp.sum(batch["mask"]).astype(jnp.float32))
+    rows = jnp.any(batch["mask"], axis=1)
+    row_sums = Mean(jnp.sum(jnp.where(batch["mask"], y - params["b"], 0)), jnp.sum(rows).astype(jnp.float32))
+    terms = {"square": Term(1.0, tokens), "linear": Term(hyper.get("scale", 0.0), row_sums)}
+    return terms, {"largest": Max(jnp.max(y)), "mean_x": Mean(jnp.sum(batch["x"]), jnp.array(float(batch["x"].size)))}
+
+
+def expected_update(scale):
+    x, mask = BATCH["x"].astype(np.float64), BATCH["mask"]
+    y = 0.5 * x - 0.2
+    loss = (y[mask] ** 2).mean() + scale * 0.5 * x[mask].sum() / mask.any(1).sum()
+    w = (2 * y * x)[mask].mean() + scale * x[mask].sum() / mask.any(1).sum()
+    b = (2 * y)[mask].mean()
+    return loss, {"w": 0.5 - RATE * w, "b": -0.2 - RATE * b}, np.hypot(w, b)
+
+
+def state(optimizer, params=PARAMS):
+    return train.TrainState.create(params, optimizer)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4, 8])
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_the_update_is_that_of_the_whole_batch(microbatches, scale):
+    optimizer = optax.sgd(RATE)
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=microbatches))
+    new, metrics = update(state(optimizer), BATCH, None, {"scale": scale})
+    loss, params, norm = expected_update(scale)
+    for name in ("w", "b"):
+        np.testing.assert_allclose(new.params[name], params[name], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
+    np.testing.assert_allclose(metrics["largest"], (0.5 * BATCH["x"] - 0.2).max(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["mean_x"], BATCH["x"].mean(), rtol=1e-5)
+    assert new.step == 1 and new.skipped == 0 and metrics["skipped"] == 0
+
+
+def test_pmap_on_one_device():
+    optimizer = optax.sgd(RATE)
+    update = train.make_update(loss_fn, optimizer, axis_name="device")
+    one = jax.tree.map(lambda x: x[None], (state(optimizer), BATCH))
+    new, _ = jax.pmap(update, axis_name="device", in_axes=(0, 0, None, None))(*one, None, {"scale": 2.0})
+    np.testing.assert_allclose(new.params["w"][0], expected_update(2.0)[1]["w"], rtol=1e-6)
+
+
+def test_statistics_are_those_of_the_whole_batch_and_constant():
+    def statistics(params, batch, frozen, hyper):
+        return {"centre": Mean(jnp.sum(params["w"] * batch["x"]), jnp.array(float(batch["x"].size)))}
+
+    def centred(params, batch, frozen, hyper):
+        value = params["w"] * batch["x"] - hyper["centre"]
+        return {"square": Term(1.0, Mean(jnp.sum(value**2), jnp.array(float(value.size))))}, {}
+
+    x = BATCH["x"].astype(np.float64)
+    gradient = (2 * (0.5 * x - (0.5 * x).mean()) * x).mean()  # the centre is not differentiated
+    for microbatches in (1, 4):
+        optimizer = optax.sgd(RATE)
+        update = jax.jit(train.make_update(centred, optimizer, microbatches=microbatches, statistics=statistics))
+        new, _ = update(state(optimizer), BATCH)
+        np.testing.assert_allclose(new.params["w"], 0.5 - RATE * gradient, rtol=1e-6)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted():
+    optimizer = optax.adam(RATE)
+    update = jax.jit(train.make_update(loss_fn, optimizer))
+    before = state(optimizer)
+    bad = {**BATCH, "x": np.where(BATCH["mask"], np.inf, 0).astype(np.float32)}
+    after, metrics = update(before, bad)
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (before.params, before.opt_state))
+    assert after.step == 1 and after.skipped == 1 and metrics["skipped"] == 1
+    again, metrics = update(after, BATCH)
+    assert again.skipped == 1 and metrics["skipped"] == 0 and again.params["w"] != before.params["w"]
+
+
+def test_bfloat16_parameters_keep_their_dtype():
+    optimizer = optax.sgd(RATE)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    new, metrics = jax.jit(train.make_update(loss_fn, optimizer, microbatches=2))(state(optimizer, half), BATCH)
+    assert new.params["w"].dtype == jnp.bfloat16 and metrics["loss"].dtype == jnp.float32
+    np.testing.assert_allclose(float(new.params["w"]), expected_update(0.0)[1]["w"], rtol=1e-2)
+
+
+def test_a_donated_state_is_reused():
+    optimizer = optax.adam(RATE)
+    before = state(optimizer, jax.tree.map(jnp.copy, PARAMS))
+    jax.jit(train.make_update(loss_fn, optimizer), donate_argnums=0)(before, BATCH)
+    assert before.params["w"].is_deleted() and before.step.is_deleted() and before.skipped.is_deleted()
+
+
+@pytest.mark.parametrize("microbatches", [3, 0])
+def test_bad_microbatches_are_refused(microbatches):
+    with pytest.raises(ValueError, match="microbatches"):
+        train.make_update(loss_fn, optax.sgd(1), microbatches=microbatches)(state(optax.sgd(1)), BATCH)
+
+
+def test_measures_of_parts_merge_into_those_of_the_whole():
+    measure = train.make_measure(loss_fn)
+    parts = [jax.tree.map(lambda x, i=i: x[i : i + n], BATCH) for i, n in ((0, 3), (3, 5))]
+    merged = train.merge(measure(PARAMS, part) for part in parts)
+    np.testing.assert_allclose(merged["loss/square"], expected_update(0.0)[0], rtol=1e-6)
+    np.testing.assert_allclose(merged["largest"], (0.5 * BATCH["x"] - 0.2).max(), rtol=1e-6)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        train.merge([])
+
+
+def test_minibatches_are_one_permutation(key):
+    rows = {"a": jnp.arange(12), "b": jnp.arange(12)[:, None] * 2}
+    parts = list(train.minibatches(key, rows, 3))
+    seen = jnp.concatenate([part["a"] for part in parts])
+    assert len(parts) == 3 and not jnp.array_equal(seen, jnp.arange(12))
+    np.testing.assert_array_equal(jnp.sort(seen), jnp.arange(12))
+    for part in parts:
+        np.testing.assert_array_equal(part["b"][:, 0], 2 * part["a"])
+    other = jnp.concatenate([part["a"] for part in train.minibatches(jax.random.key(1), rows, 3)])
+    assert not jnp.array_equal(seen, other)
+    with pytest.raises(ValueError, match="12 rows do not divide into 5 minibatches"):
+        next(train.minibatches(key, rows, 5))
+
+
+def test_ema_vectors(shared):
+    vectors = json.loads((shared / "spec" / "vectors_online.json").read_text())
+    vectors = [vector for vector in vectors if vector["function"] == "ema_update"]
+    assert len(vectors) == 2
+    for vector in vectors:
+        x = {name: jnp.array(value) for name, value in vector["inputs"].items()}
+        result = train.ema(x["target"], x["source"], rate=vector["hyperparameters"]["eta"])
+        np.testing.assert_allclose(result, vector["expected"], rtol=1e-6)
+    assert train.ema(jnp.zeros(2, jnp.bfloat16), jnp.ones(2), rate=0.5).dtype == jnp.bfloat16
