@@ -34,8 +34,8 @@ def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
     """The `NamedSharding` of every leaf, by the first rule that matches its path.
 
-    Works on arrays and on shapes (`jax.eval_shape`), for a mesh of devices or an abstract one. A leaf with fewer axes than its rule (a step counter, a factored
-    moment) is replicated.
+    Works on arrays and on shapes (`jax.eval_shape`), for a mesh of devices or an abstract one. A leaf with fewer axes
+    than its rule (a step counter, a factored moment) is replicated.
 
     Raises:
       ValueError: when no rule matches a leaf, or an axis of it does not divide among the devices.
