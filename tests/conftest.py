@@ -39,3 +39,13 @@ def tracked():
     if listing.returncode:
         pytest.skip("needs a git checkout")
     return listing.stdout.strip("\0").split("\0")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny random model with a tokenizer of bytes, as a Hugging Face folder."""
+    from tiny_folder import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    save_tiny_model(folder)
+    return folder

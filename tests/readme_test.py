@@ -6,6 +6,7 @@ import re
 import tomllib
 
 import pytest
+from tiny_folder import save_tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -53,35 +54,6 @@ def test_commands_name_files_and_extras_that_exist(command):
         assert script and f"    {flag.replace('-', '_')}:" in (ROOT / script.group()).read_text(), (
             f"{command!r}: --{flag}"
         )
-
-
-def save_tiny_model(folder):
-    """A random two-layer decoder with a tokenizer of single bytes, as a Hugging Face folder."""
-    import jax
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from alignax.io import hf
-    from alignax.models import TransformerConfig, transformer
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<eos>", *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    model = transformer(
-        TransformerConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=16,
-            intermediate_size=32,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-        )
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
-    hf.save(folder, model, model.init(jax.random.key(0)), tokenizer=fast)
 
 
 def test_the_loop_runs_as_it_stands(tmp_path, monkeypatch):
