@@ -37,8 +37,7 @@ def categorical(gap: Float[Array, "R V"], limit: Float[Array, " R"], uniform: Fl
     weight = jnp.where(gap <= limit[:, None, None], jnp.exp(-gap), 0.0)
     block = _pick(jnp.sum(weight, axis=-1), uniform[:, 0])
     gap = jnp.take_along_axis(gap, block[:, None, None], axis=1)[:, 0]
-    # relative to the block's best token: a block of underflowing weights still has one of weight 1
-    weight = jnp.where(gap <= limit[:, None], jnp.exp(jnp.min(gap, axis=-1, keepdims=True) - gap), 0.0)
+    weight = jnp.where(gap <= limit[:, None], jnp.exp(-gap), 0.0)
     return block * _BLOCK + _pick(weight, uniform[:, 1])
 
 

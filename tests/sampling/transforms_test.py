@@ -99,10 +99,10 @@ def test_every_row_has_its_own_setting():
 
 
 def test_tokens_that_are_one_bit_apart_are_told_apart():
-    values = np.float32(2) + np.arange(16, dtype=np.float32) * np.float32(2.0**-22)
-    logits = np.random.default_rng(3).permutation(values)[None]
-    for k in range(1, 16):
-        np.testing.assert_array_equal(kept(logits, 1.0, k, 1.0, 0.0)[0], logits[0] > values[15 - k])
+    gaps = np.append(0, np.float32(1) + np.arange(16, dtype=np.float32) * np.float32(2.0**-23)).astype(np.float32)
+    logits = -np.random.default_rng(3).permutation(gaps)[None]
+    for k in range(1, 17):
+        np.testing.assert_array_equal(kept(logits, 1.0, k, 1.0, 0.0)[0], -logits[0] <= gaps[k - 1])
 
 
 def test_minus_infinity_is_never_wanted_and_never_hurts():
