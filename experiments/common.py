@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from alignax import sharding, train
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 # What is left of the peak learning rate after the fraction p of the decay.
@@ -96,6 +98,14 @@ def make_optimizer(
     rate = make_schedule(learning_rate, steps=steps, warmup=warmup, schedule=schedule, final=final)
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
     return optax.chain(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
+
+
+def create_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: sharding.Rules, *, seed: int
+) -> train.TrainState:
+    """A train state on the mesh, sharded by the rules; its parameters are copies, the given ones stay for a reference."""
+    create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules)
+    return create(params, jax.random.key(seed))
 
 
 def to_host(tree: Any) -> Any:

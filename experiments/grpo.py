@@ -11,14 +11,15 @@ metrics.jsonl, TensorBoard scalars, curves.png, config.json.
 import dataclasses
 import pathlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 from alignax import advantages, data, losses, models, reduce, rewards, sampling, sharding, train
@@ -26,6 +27,7 @@ from alignax.algorithms import grpo
 from alignax.data import text, truncation
 from alignax.io import hf
 from alignax.logprobs import token_logprobs
+from alignax.types import Params
 
 HAPPY = (
     "happy",
@@ -43,11 +45,13 @@ HAPPY = (
     "glad",
 )
 REWARDS = {
-    "happy_ending": rewards.weighted((1.0, rewards.distinct_words(HAPPY, enough=5)), (0.5, rewards.finished)),
+    "happy_ending": rewards.weighted((0.5, rewards.distinct_words(HAPPY, enough=4)), (0.5, rewards.finished)),
     "last_number": rewards.last_number,
 }
 ADVANTAGES = {"group_relative": advantages.group_relative, "group_centred": advantages.group_centred}
 KLS = {"k2": losses.k2, "k3": losses.k3}
+SHOW = ("reward", "kl", "length", "held_out/reward")
+CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy", "clip_fraction", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +133,10 @@ def find_reward(name: str) -> rewards.Reward:
         raise ValueError(
             f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
         )
-    found: Any = runpy.run_path(path).get(function)
-    if not callable(found):
+    found = runpy.run_path(path)
+    if not callable(found.get(function)):
         raise ValueError(f"--reward {name}: {path} has no function {function!r}")
-    return found
+    return found[function]
 
 
 def load_prompts(config: Config, tokenizer) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
@@ -141,7 +145,88 @@ def load_prompts(config: Config, tokenizer) -> tuple[list[data.TokenPrompt], lis
     encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=truncation.drop)
     kept, long = data.collect(encode, found)
     print(data.summary(kept, bad + long))
-    return data.split(kept, config.held_out, seed=config.seed)
+    prompts, held_out = data.split(kept, config.held_out, seed=config.seed)
+    return prompts, held_out[: config.evaluate_prompts]
+
+
+class Functions(NamedTuple):
+    """What is compiled, each once."""
+
+    sample: Callable  # (params, tokens, lengths, key) -> Samples, a group for each prompt
+    sample_one: Callable  # the same, one completion for each prompt
+    score: Callable  # (params, samples) -> log-probabilities [R, T] by the trainer's arithmetic
+    update: Callable  # (state, batch, frozen, hyper) -> state, metrics
+
+
+def compile_functions(config: Config, loaded: hf.Loaded, optimizer: optax.GradientTransformation) -> Functions:
+    """The sampler, the scorer and the update for one model."""
+    model = loaded.model
+    generate = partial(
+        sampling.generate,
+        model,
+        max_new_tokens=config.max_new_tokens,
+        eos_ids=loaded.eos_ids,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
+
+    def score(params: Params, rows: sampling.Samples) -> jax.Array:
+        return token_logprobs(model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature)
+
+    means = {
+        "sequence": reduce.sequence_mean,
+        "token": reduce.token_mean,
+        "constant": partial(reduce.constant_mean, constant=config.max_new_tokens),
+    }
+    loss_fn = grpo.make_loss(model, kl=KLS[config.kl], mean=means[config.mean])
+    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches)
+    return Functions(
+        sample=jax.jit(partial(generate, group=config.group)),
+        sample_one=jax.jit(generate),
+        score=jax.jit(score),
+        update=jax.jit(update, donate_argnums=0),
+    )
+
+
+def rollout_metrics(rows: sampling.Samples, scores: np.ndarray, counted: np.ndarray, group: int) -> dict[str, Any]:
+    """What a rollout was like, over the rows that count."""
+    spread = scores.reshape(-1, group).std(axis=1)[counted.reshape(-1, group)[:, 0]]
+    return {
+        "reward": scores[counted].mean(),
+        "reward/std": scores[counted].std(),
+        "frac_reward_zero_std": (spread == 0).mean(),
+        "length": rows.lengths[counted].mean(),
+        "truncated": rows.truncated[counted].mean(),
+    }
+
+
+def judge(
+    reward: rewards.Reward, loaded: hf.Loaded, asked: dict, samples: sampling.Samples, group: int
+) -> tuple[Sequence[str], np.ndarray]:
+    """The texts of samples and their rewards, each with the prompt and the columns of its row."""
+    completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+    prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
+    rows = [row for row in asked["columns"] for _ in range(group)]
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["truncated"] = common.to_host(samples.truncated).tolist()
+    return completions, rewards.evaluate(reward, prompts, completions, columns)
+
+
+def evaluate(
+    config: Config, loaded: hf.Loaded, functions: Functions, reward: rewards.Reward, params: Params, asked: dict
+) -> tuple[dict[str, float], Sequence[str]]:
+    """One completion of each held-out prompt: mean reward, KL to the model as it was loaded, and the texts."""
+    key = jax.random.key(config.seed + 1)  # the same every time, so that evaluations differ by the policy alone
+    rows = functions.sample_one(params, asked["tokens"], asked["lengths"], key)
+    difference = functions.score(params, rows) - functions.score(loaded.params, rows)
+    completions, scores = judge(reward, loaded, asked, rows, 1)
+    values = {
+        "reward": scores.mean(),
+        "kl": reduce.sequence_sum(difference, rows.mask).value(),
+        "length": rows.lengths.mean(),
+        "truncated": rows.truncated.mean(),
+    }
+    return {f"held_out/{name}": float(value) for name, value in values.items()}, completions
 
 
 def main(config: Config) -> dict[str, float]:
@@ -149,119 +234,60 @@ def main(config: Config) -> dict[str, float]:
     if config.group < 2:
         raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
     reward = find_reward(config.reward)
-    updates = config.epochs * config.minibatches  # per rollout
-    run = common.Run(
-        config.output,
-        config,
-        total=config.steps,
-        show=("reward", "kl", "length", "held_out/reward"),
-        curves=("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy", "clip_fraction", "truncated"),
-    )
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     prompts, held_out = load_prompts(config, loaded.tokenizer)
-    held_out = held_out[: config.evaluate_prompts]
     # one width for all prompts: it is part of the sampler's and the update's compiled shapes
     width = max(prompt.length for prompt in [*prompts, *held_out])
     batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
-
-    optimizer = common.make_optimizer(
-        config.learning_rate,
-        steps=config.steps * updates,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-    )
-    create = sharding.born_sharded(
-        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
-    )
-    state = create(loaded.params, jax.random.key(config.seed))
-    reference = loaded.params
-    means = {
-        "sequence": reduce.sequence_mean,
-        "token": reduce.token_mean,
-        "constant": partial(reduce.constant_mean, constant=config.max_new_tokens),
-    }
-    loss_fn = grpo.make_loss(loaded.model, kl=KLS[config.kl], mean=means[config.mean])
+    updates = config.epochs * config.minibatches  # of one rollout
+    schedule = {"steps": config.steps * updates, "warmup": config.warmup, "schedule": config.schedule}
+    optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
+    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
+    reference, follow = loaded.params, jax.jit(train.ema)
+    functions = compile_functions(config, loaded, optimizer)
     hyper = {name: getattr(config, name) for name in ("kl_weight", "temperature", "clip_low", "clip_high")}
-    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    check = partial(evaluate, config, loaded, functions, reward, asked=questions)
 
-    @jax.jit
-    def score(params, rows: sampling.Samples):
-        return token_logprobs(
-            loaded.model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature
-        )
-
-    follow = jax.jit(train.ema)
-    generate = partial(sampling.generate, loaded.model, max_new_tokens=config.max_new_tokens, eos_ids=loaded.eos_ids)
-    sample, sample_one = jax.jit(partial(generate, group=config.group)), jax.jit(generate)
-
-    def judge(batch: dict, samples: sampling.Samples, group: int) -> tuple[Sequence[str], np.ndarray]:
-        """Texts and rewards of samples, each with the prompt and the columns of its row."""
-        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
-        rows = [row for row in batch["columns"] for _ in range(group)]
-        columns = {name: [row[name] for row in rows] for name in rows[0]}
-        columns["truncated"] = common.to_host(samples.truncated).tolist()
-        asked = [prompt for prompt in batch["prompts"] for _ in range(group)]
-        return completions, rewards.evaluate(reward, asked, completions, columns)
-
-    def evaluate(title: str | None = None) -> dict[str, float]:
-        """One completion of each held-out prompt: mean reward, and KL to the model as it was loaded."""
-        ((batch, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
-        key = jax.random.key(config.seed + 1)  # the same every time, so that evaluations differ by the policy alone
-        rows = sample_one(state.params, batch["tokens"], batch["lengths"], key, temperature=config.temperature)
-        kl = reduce.sequence_sum(rows.logp - score(loaded.params, rows), rows.mask).value()
-        completions, scores = judge(batch, rows, 1)
-        if title:
-            common.print_samples(title, batch["prompts"][:4], completions[:4])
-        values = {"reward": scores.mean(), "kl": kl, "length": rows.lengths.mean(), "truncated": rows.truncated.mean()}
-        return {f"held_out/{name}": float(value) for name, value in values.items()}
-
+    result, completions = check(state.params)
+    common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
-        result = evaluate("before")
         run.log(0, result)
         stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
         for step in range(1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
-            batch, _ = next(stream)
-            asked = sharding.shard_batch((batch["tokens"], batch["lengths"]), mesh)
-            rows = sample(state.params, *asked, sample_key, temperature=config.temperature, top_p=config.top_p)
-            _, scores = judge(batch, rows, config.group)
-            counted = np.repeat(batch["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
-            grouped = jnp.asarray(scores).reshape(-1, config.group)
+            asked, _ = next(stream)
+            placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
+            rows = functions.sample(state.params, *placed, sample_key)
+            _, scores = judge(reward, loaded, asked, rows, config.group)
+            counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
             rollout = grpo.Batch(
                 rows.tokens,
                 rows.segments,
-                mask=rows.mask,
-                advantages=ADVANTAGES[config.advantages](grouped).reshape(-1),
+                rows.mask,
+                advantages=ADVANTAGES[config.advantages](jnp.asarray(scores).reshape(-1, config.group)).reshape(-1),
                 # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
-                old_logp=None if updates == 1 else score(state.params, rows),
-                ref_logp=score(reference, rows),
+                old_logp=None if updates == 1 else functions.score(state.params, rows),
+                ref_logp=functions.score(reference, rows),
                 weights=jnp.asarray(counted, jnp.float32),
             )
             metrics = {}
             for epoch in range(config.epochs):
                 for part in train.minibatches(jax.random.fold_in(order_key, epoch), rollout, config.minibatches):
-                    state, metrics = update(state, sharding.shard_batch(part, mesh), None, hyper)
+                    state, metrics = functions.update(state, sharding.shard_batch(part, mesh), None, hyper)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= {
-                "reward": scores[counted].mean(),
-                "reward/std": scores[counted].std(),
-                "frac_reward_zero_std": (grouped.std(axis=1) == 0).mean(),
-                "length": rows.lengths[counted].mean(),
-                "truncated": rows.truncated[counted].mean(),
-            }
+            metrics |= rollout_metrics(rows, scores, counted, config.group)
             if step % config.evaluate_every == 0 or step == config.steps:
-                result = evaluate("after" if step == config.steps else None)
+                result, completions = check(state.params)
                 metrics |= result
             run.log(step, metrics)
+    common.print_samples("after", questions["prompts"][:4], completions[:4])
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
-    first = run.history["held_out/reward"][0][1]
-    print(
-        f"held-out reward {first:.3f} -> {result['held_out/reward']:.3f} "
-        f"at KL {result['held_out/kl']:.2f}; {config.output}"
-    )
+    before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
+    print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
     return result
 
 

@@ -3,7 +3,8 @@
     python experiments/preference.py --model FOLDER --data pairs.jsonl --output runs/dpo --loss dpo --beta 0.1
 
 Pairs have the columns prompt, chosen, rejected; the prompt may also be the beginning that both sides share, and all may
-be texts or conversations (`alignax.data.formats`). The reference is the model as it was loaded. Results in the output
+be texts or conversations (`alignax.data.formats`). A side that was cut off when it was sampled gets no EOS: say so in
+the columns chosen_truncated and rejected_truncated. The reference is the model as it was loaded. Results in the output
 folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
 """
 
@@ -26,6 +27,8 @@ from alignax.io import hf
 
 LOSSES = {"dpo": losses.dpo, "ipo": losses.ipo, "ipo_average": losses.ipo_average}
 TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+SHOW = ("loss", "rewards/accuracies", "held_out/rewards/accuracies")
+CURVES = ("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "held_out/rewards/accuracies")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +81,22 @@ class Config:
     """Of the data order and of sampling."""
 
 
+def tokenize(tokenizer, pair: data.Pair, **options) -> data.TokenPair:
+    """The rows of a pair; an EOS ends the sides that ended by themselves."""
+    ended = data.tokenize_pair(tokenizer, pair, **options)
+    cut_off = [pair.columns.get(f"{side}_truncated", False) for side in data.TokenPair._fields]
+    if not any(cut_off):
+        return ended
+    bare = data.tokenize_pair(tokenizer, pair, eos=False, **options)
+    return data.TokenPair(*[bare[side] if cut else ended[side] for side, cut in enumerate(cut_off)])
+
+
 def load_pairs(config: Config, tokenizer) -> tuple[list[data.TokenPair], list[data.TokenPair]]:
     """Tokenised pairs to train on and pairs held out; prints how many were left out, and why."""
     pairs, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
     if not isinstance(pairs[0] if pairs else None, data.Pair):
         raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
-    encode = partial(data.tokenize_pair, tokenizer, limit=config.limit, truncate=TRUNCATIONS[config.truncate])
+    encode = partial(tokenize, tokenizer, limit=config.limit, truncate=TRUNCATIONS[config.truncate])
     rows, unfit = data.collect(encode, pairs, drop=config.drop_bad_rows)
     print(data.summary(rows, bad + unfit))
     return data.split(rows, config.held_out, seed=config.seed)
@@ -91,13 +104,7 @@ def load_pairs(config: Config, tokenizer) -> tuple[list[data.TokenPair], list[da
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(
-        config.output,
-        config,
-        total=config.steps,
-        show=("loss", "rewards/accuracies", "held_out/rewards/accuracies"),
-        curves=("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "held_out/rewards/accuracies"),
-    )
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     hyper = {"beta": config.beta} | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {})
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
@@ -114,10 +121,7 @@ def main(config: Config) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    create = sharding.born_sharded(
-        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
-    )
-    state = create(loaded.params, jax.random.key(config.seed))
+    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     frozen = {"reference": loaded.params}
     loss_fn = preference.make_loss(loaded.model, loss=LOSSES[config.loss])
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)

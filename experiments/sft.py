@@ -23,6 +23,8 @@ from alignax.data import text, truncation
 from alignax.io import hf
 
 TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+SHOW = ("loss", "held_out/loss")
+CURVES = ("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "grad_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +98,7 @@ def first_tokens(rows: list[data.TokenRow]) -> tuple[jax.Array, jax.Array]:
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(
-        config.output,
-        config,
-        total=config.steps,
-        show=("loss", "held_out/loss"),
-        curves=("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "grad_norm"),
-    )
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     rows, held_out = load_rows(config, loaded.tokenizer)
@@ -118,10 +114,7 @@ def main(config: Config) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    create = sharding.born_sharded(
-        lambda params, key: train.TrainState.create(params, optimizer, key), mesh, models.RULES
-    )
-    state = create(loaded.params, jax.random.key(config.seed))
+    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     loss_fn = sft.make_loss(loaded.model)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(loss_fn))
