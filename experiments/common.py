@@ -103,7 +103,7 @@ def make_optimizer(
 def create_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: sharding.Rules, *, seed: int
 ) -> train.TrainState:
-    """A train state on the mesh, sharded by the rules; its parameters are copies, the given ones stay for a reference."""
+    """A train state on the mesh, sharded by the rules; it holds copies, so that `params` can stay the reference."""
     create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules)
     return create(params, jax.random.key(seed))
 
