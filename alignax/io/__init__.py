@@ -1,1 +1,3 @@
 """Hugging Face folders in and out."""
+
+from alignax.io import hf as hf
