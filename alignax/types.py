@@ -60,10 +60,11 @@ class Model(NamedTuple):
     init: `(key) -> params`.
     hidden: `(params, tokens [B, T], segments [B, T], *, positions=None, parents=None, cache=None, key=None) -> Hidden`.
       Token i sees j <= i of the same segment (0 is padding) or of its parent segment. With a cache, `positions [B, T]`
-      also name the cache slots the tokens are written to, and token i sees every slot up to its own position.
+      also name the cache slots the tokens are written to (None: slots 0 to T - 1, a prefill), and token i sees every
+      slot up to its own position.
     logits: `(params, states [..., D]) -> [..., V]`, float32.
     init_cache: `(batch, length) -> cache`, empty.
-    config: what saving, planning and FLOP counts need; adapters may leave it None.
+    config: what saving, planning and FLOP counts need, with `max_positions`, the longest row; adapters may leave it None.
     """
 
     init: Callable[..., Params]
