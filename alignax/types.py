@@ -64,7 +64,7 @@ class Model(NamedTuple):
       slot up to its own position.
     logits: `(params, states [..., D]) -> [..., V]`, float32.
     init_cache: `(batch, length) -> cache`, empty.
-    config: what saving, planning and FLOP counts need, with `max_positions`, the longest row; adapters may leave it None.
+    config: what saving, planning and FLOP counts need; its `max_positions` is the longest row; None in most adapters.
     """
 
     init: Callable[..., Params]
