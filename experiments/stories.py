@@ -2,14 +2,15 @@
 
     python experiments/stories.py --model FOLDER --output runs/stories
 
-The model writes the beginnings of stories; the task is to end each one in time and with happy words, which a rule
-scores from 0 to 1 (`grpo.REWARDS["happy_ending"]`). DPO learns from the best and the worst of several endings sampled
-from the start and scored by the rule, GRPO from the rule itself, each at several weights of the KL. Every result then
-writes new endings of beginnings that no run has seen. FOLDER is meant to hold stories260K, a Llama of 260 thousand
-parameters that was trained on TinyStories.
+The model writes the beginnings of stories; the task is to end each in time and with happy words, scored from 0 to 1 by
+a rule (`grpo.REWARDS["happy_ending"]`). DPO learns from the best and the worst of several endings sampled from the
+start, GRPO from the rule itself, each at several weights of the KL; all then end beginnings that no run has seen.
+FOLDER is meant to hold stories260K, a Llama of 260 thousand parameters trained on TinyStories.
 
-In the output folder: beginnings.jsonl and held_out.jsonl, pairs.jsonl, the runs with their models, results.json,
-stories.png and samples.txt.
+20 minutes on two busy CPU cores (9 of user time). One seed, 128 held-out beginnings, standard errors up to 0.02: reward
+0.11 -> 0.68 with DPO at beta 0.2 (KL 22 nats per ending, NLL under the start 1.36 -> 1.72 nats per token) and -> 0.71
+with GRPO at KL weight 0.1 (KL 19, NLL 1.46). All points, and where the rule is fooled: stories.md.
+Out come held_out.jsonl, pairs.jsonl, a folder for each run, results.json, stories.png and samples.txt.
 """
 
 import dataclasses
@@ -84,8 +85,7 @@ def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
 def make_start(config: Config, folder: pathlib.Path) -> hf.Loaded:
     """The model as it came, but with a tokenizer whose EOS is the one the model itself ends stories with.
 
-    Of the ids that end a generation, stories260K uses the one that is also BOS and never the tokenizer's EOS. Pairs
-    must end as the model ends its texts, or DPO would teach it a new token instead of where to stop.
+    stories260K ends its texts with BOS. Pairs must end so too, or DPO would teach it a new token, not where to stop.
     """
     loaded = hf.load(config.model)
     sample = partial(sampling.generate, loaded.model, max_new_tokens=384, group=CHUNK, eos_ids=loaded.eos_ids)
@@ -108,7 +108,7 @@ def make_beginnings(config: Config, loaded: hf.Loaded) -> list[str]:
     texts = text.decode(loaded.tokenizer, rows.tokens, rows.mask, eos_ids=loaded.eos_ids)
     bodies = [config.opening + body for body, cut in zip(texts, common.to_host(rows.truncated)) if cut]
     sentences = [re.match(r'.*[.!?]"?', body, re.DOTALL) for body in bodies]
-    found = list(dict.fromkeys(match.group().strip() for match in sentences if match))
+    found = dict.fromkeys(match.group().strip() for match in sentences if match)
     found = [x for x in found if len(text.encode(loaded.tokenizer, [x])[0][0]) <= config.beginning_tokens]
     if len(found) < 2 * config.held_out:
         raise ValueError(f"{len(found)} beginnings with a whole sentence; expected at least {2 * config.held_out}")
@@ -178,8 +178,7 @@ def draw_picture(path: pathlib.Path, points: Sequence[dict]) -> None:
     """Held-out reward over KL to the start, a line for each method, and the same over the start's NLL."""
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    labels = {"kl": "KL to the start (nats per ending)", "start_nll": "NLL under the start (nats per token)"}
-    for axes, (x, label) in zip(panels, labels.items()):
+    for axes, x in zip(panels, ("kl", "start_nll")):
         for method, marker in (("start", "s"), ("DPO", "o"), ("GRPO", "^")):
             chosen = sorted((point for point in points if point["method"] == method), key=lambda point: point[x])
             xs, ys, errors = ([point[name] for point in chosen] for name in (x, "reward", "error"))
@@ -187,8 +186,7 @@ def draw_picture(path: pathlib.Path, points: Sequence[dict]) -> None:
             for point in chosen:
                 at = (point[x], point["reward"])
                 axes.annotate(point["setting"], at, (5, -10), textcoords="offset points", fontsize=7)
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
+        axes.set_xlabel({"kl": "KL to the start (nats per ending)", "start_nll": "NLL under the start (per token)"}[x])
     panels[0].set_ylabel("reward on held-out beginnings")
     panels[0].legend()
     figure.savefig(path, dpi=110)
