@@ -91,11 +91,9 @@ def _centre(rewards: Array, name: str) -> tuple[Array, Array]:
         )
     rewards = rewards.astype(jnp.float32)
     scored = ~jnp.isnan(rewards)
-    rewards = jnp.where(scored, rewards, 0.0)
+    # From the least reward up: large rewards that differ little keep their digits, and equal ones differ by exactly 0,
+    # where a rounded mean would leave an ulp that a division by std + eps turns into an advantage.
+    least = jnp.min(jnp.where(scored, rewards, jnp.inf), axis=1, keepdims=True)
+    rewards = jnp.where(scored, rewards - least, 0.0)
     mean = jnp.sum(rewards, axis=1, keepdims=True) / jnp.maximum(jnp.sum(scored, axis=1, keepdims=True), 1)
-    # Float32 rounding of the mean would make a group of equal rewards differ from it by an ulp, which a division by
-    # std + eps turns into an advantage.
-    spread = jnp.max(jnp.where(scored, rewards, -jnp.inf), axis=1, keepdims=True) > jnp.min(
-        jnp.where(scored, rewards, jnp.inf), axis=1, keepdims=True
-    )
-    return jnp.where(scored & spread, rewards - mean, 0.0), scored
+    return jnp.where(scored, rewards - mean, 0.0), scored

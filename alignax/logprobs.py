@@ -12,6 +12,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from alignax.types import Array, Model, Params, Scalar
@@ -52,7 +53,7 @@ def score(
       temperature: divides the logits; use the sampler's. 0 is not a temperature one can score at.
       want: which other fields of `Scores` to compute, of "entropy", "correct" and "logits".
       positions, parents, key: passed on to `model.hidden`.
-      chunk: about how many tokens meet the vocabulary at once.
+      chunk: about how many tokens meet the vocabulary at once; more where that would make over 16 blocks of columns.
 
     Returns:
       `Scores`, every array `[B, T]`.
@@ -64,7 +65,7 @@ def score(
     chex.assert_equal_shape([tokens, segments])
     if unknown := set(want) - {"entropy", "correct", "logits"}:
         raise ValueError(f"score: want={tuple(unknown)} is unknown; expected some of 'entropy', 'correct', 'logits'")
-    if isinstance(temperature, float | int) and temperature <= 0:
+    if not isinstance(temperature, Tracer) and temperature <= 0:
         raise ValueError(f"score: temperature={temperature}; expected a number above 0")
     hidden = model.hidden(params, tokens, segments, positions=positions, parents=parents, key=key)
     targets = jnp.roll(tokens, -1, axis=1)
@@ -77,7 +78,9 @@ def score(
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
-    columns = _map_columns(head, hidden.states, targets, max(1, chunk // tokens.shape[0]))
+    # at most 16 blocks: in the backward pass of sharded rows each of them sums the head's gradient over the devices
+    rows, length = tokens.shape
+    columns = _map_columns(head, hidden.states, targets, max(1, chunk // rows, -(-length // 16)))
     aligned = {name: jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0) for name, x in columns.items()}
     return Scores(**aligned, aux=hidden.aux)
 

@@ -22,7 +22,7 @@ def token_mean(x: Float[Array, "B T"], mask: Array, weights: Array | None = None
 def sequence_mean(x: Float[Array, "B T"], mask: Array, weights: Array | None = None) -> Mean:
     """Mean over non-empty rows of each row's token mean: every row weighs the same (GRPO as published)."""
     weight = _token_weights(x, mask, weights)
-    length = jnp.sum(mask.astype(jnp.float32), axis=1, keepdims=True)
+    length = jnp.sum((mask != 0).astype(jnp.float32), axis=1, keepdims=True)
     return Mean(_weighted_sum(x, weight / jnp.maximum(length, 1.0)), _row_count(mask, weights))
 
 

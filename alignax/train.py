@@ -122,16 +122,19 @@ def merge(parts: Iterable[dict[str, Mean | Max]]) -> dict[str, Array]:
 
 
 def minibatches(key: Array, batch: Any, count: int) -> Iterator[Any]:
-    """Yields `count` minibatches of one fresh permutation of the batch's rows: one epoch over a rollout.
+    """`count` minibatches of one fresh permutation of the batch's rows: one epoch over a rollout.
 
     Raises:
-      ValueError: when the rows do not divide evenly.
+      ValueError: when leaves differ in their number of rows, or these do not divide evenly.
     """
-    rows = jax.tree.leaves(batch)[0].shape[0]
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1:
+        raise ValueError(f"minibatches: the batch's leaves have {sorted(sizes)} rows; expected one number")
+    (rows,) = sizes
     if count < 1 or rows % count:
         raise ValueError(f"minibatches: {rows} rows do not divide into {count} minibatches of one size")
-    for chosen in jax.random.permutation(key, rows).reshape(count, -1):
-        yield jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
+    order = jax.random.permutation(key, rows).reshape(count, -1)
+    return (jax.tree.map(lambda x, chosen=chosen: x[chosen], batch) for chosen in order)
 
 
 def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
@@ -194,11 +197,14 @@ def _accumulate(part_loss: Callable, params: Params, parts: Any, axis_name: str 
 
 def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, report: dict[str, Array]):
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(report["loss"])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm) & jnp.isfinite(report["loss"]) & jnp.isfinite(optax.tree.norm(updates))
+    # Float32 gradients would turn the moments of bfloat16 parameters into float32: the state keeps the dtypes it has.
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
+        (params, opt_state),
+        (state.params, state.opt_state),
     )
     skipped = 1 - finite.astype(jnp.int32)
     report |= {"grad_norm": norm, "skipped": skipped.astype(jnp.float32)}

@@ -101,7 +101,7 @@ class Response(NamedTuple):
     @property
     def length(self) -> Float[Array, " B"]:
         """The number of response tokens."""
-        return jnp.sum(self.mask.astype(jnp.float32), axis=-1)
+        return jnp.sum((self.mask != 0).astype(jnp.float32), axis=-1)
 
     @property
     def mean(self) -> Float[Array, " B"]:

@@ -8,10 +8,12 @@ with `reduce.constant_mean`, DAPO a larger `clip_high` with `reduce.token_mean`,
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
 from alignax import losses, reduce
+from alignax.algorithms._fillers import blank
 from alignax.logprobs import score
 from alignax.types import Array, LossFn, Max, Mean, Model, Params, Scalar, Term
 
@@ -55,6 +57,7 @@ def make_loss(
     """
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
+        batch = blank(batch)
         own = {"kl_weight": kl_weight, "temperature": temperature}
         loss_hyper = {name: value for name, value in hyper.items() if name not in own}
         own |= {name: value for name, value in hyper.items() if name in own}
@@ -65,14 +68,14 @@ def make_loss(
 
         scores = scored(params, want=("entropy",))
         old_logp = jax.lax.stop_gradient(scores.logp) if batch.old_logp is None else batch.old_logp
-        advantages = jnp.broadcast_to(batch.advantages.reshape(batch.mask.shape[0], -1), batch.mask.shape)
+        advantages = _per_token(batch.advantages, batch.mask)
         arguments = (scores.logp, old_logp, advantages, batch.mask)
         policy = mean(policy_loss(*arguments, **loss_hyper), batch.mask, batch.weights)
         terms = {"policy": Term(1.0, policy)}
         metrics = policy_metrics(policy_loss, *arguments, batch.weights, loss_hyper)
         metrics["entropy"] = reduce.token_mean(scores.entropy, batch.mask, batch.weights)
         if kl is not None:
-            ref_logp = scored(frozen["reference"]).logp if batch.ref_logp is None else batch.ref_logp
+            ref_logp = scored(_reference(frozen)).logp if batch.ref_logp is None else batch.ref_logp
             terms["kl"] = Term(own["kl_weight"], mean(kl(scores.logp, ref_logp, batch.mask), batch.mask, batch.weights))
             per_token = losses.k3(scores.logp, ref_logp, batch.mask)
             metrics["kl"] = reduce.sequence_sum(per_token, batch.mask, batch.weights)
@@ -86,12 +89,25 @@ def policy_metrics(policy_loss, logp, old_logp, advantages, mask, weights, hyper
     logp = jax.lax.stop_gradient(logp)
     _, pull = jax.vjp(lambda x: policy_loss(x, old_logp, advantages, mask, **hyper), logp)
     gradient = pull(jnp.ones_like(logp))[0]
-    counted = mask != 0 if weights is None else (mask != 0) & (weights != 0)[:, None]
-    ratio = jnp.exp(jnp.where(counted, logp - old_logp, 0.0))
+    ratio = jnp.exp(jnp.where(mask != 0, logp - old_logp, 0.0))
     clipped = (gradient == 0) & (jnp.where(mask != 0, advantages, 0.0) != 0)
     return {
         "ratio": reduce.token_mean(ratio, mask, weights),
-        "ratio/max": Max(jnp.max(jnp.where(counted, ratio, 0.0))),
+        "ratio/max": Max(jnp.max(jnp.where(mask != 0, ratio, 0.0))),
         "approx_kl": reduce.token_mean(losses.k3(old_logp, logp, mask), mask, weights),
         "clip_fraction": reduce.token_mean(clipped.astype(jnp.float32), mask, weights),
     }
+
+
+def _per_token(advantages: Array, mask: Array) -> Array:
+    chex.assert_shape(advantages, mask.shape if advantages.ndim == 2 else mask.shape[:1])
+    return advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], mask.shape)
+
+
+def _reference(frozen: Any) -> Params:
+    if not (isinstance(frozen, dict) and "reference" in frozen):
+        raise ValueError(
+            f"grpo: the batch has no ref_logp and frozen is a {type(frozen).__name__}; expected "
+            "{'reference': params}, or a loss made with kl=None"
+        )
+    return frozen["reference"]

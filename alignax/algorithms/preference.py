@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax import losses, reduce
+from alignax.algorithms._fillers import blank
 from alignax.logprobs import token_logprobs
 from alignax.types import Array, LossFn, Model, Params, Response, Scalar, Term
 
@@ -39,6 +40,7 @@ def make_loss(model: Model, *, loss: Callable[..., Array] = losses.dpo, beta: Sc
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         hyper = hyper if beta is None else {"beta": beta} | hyper
+        batch = blank(batch)
         chosen, rejected = sides(model, params, batch, frozen)
         pairs = reduce.batch_mean(loss(chosen, rejected, **hyper), batch.weights)
         return {"pairs": Term(1.0, pairs)}, pair_metrics(chosen, rejected, batch.weights, hyper.get("beta", 1.0))
@@ -58,6 +60,10 @@ def sides(model: Model, params: Params, batch: Batch, frozen: Any) -> tuple[Resp
     """The chosen and the rejected `Response` of every pair."""
     logp, ref_logp = logprobs(model, params, batch), batch.ref_logp
     if ref_logp is None and frozen is not None:
+        if not (isinstance(frozen, dict) and "reference" in frozen):
+            raise ValueError(
+                f"preference: frozen is a {type(frozen).__name__}; expected {{'reference': params}} or None"
+            )
         ref_logp = jax.lax.stop_gradient(logprobs(model, frozen["reference"], batch))
 
     def side(i: int) -> Response:

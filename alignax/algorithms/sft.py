@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from alignax import losses, reduce
+from alignax.algorithms._fillers import blank
 from alignax.logprobs import score
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
@@ -36,6 +37,7 @@ def make_loss(
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         del frozen
+        batch = blank(batch)
         scores = score(model, params, batch.tokens, batch.segments, mask=batch.mask, want=("correct",))
         nll = mean(loss(scores.logp, batch.mask, **hyper), batch.mask, batch.weights)
         accuracy = reduce.token_mean(scores.correct, batch.mask, batch.weights)

@@ -7,6 +7,7 @@ token can overflow.
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float
 
 from alignax.types import Array, Scalar
@@ -40,7 +41,7 @@ def ppo_clip(
     Raises:
       ValueError: for a dual_clip known to be 1 or less.
     """
-    if isinstance(dual_clip, float | int) and dual_clip <= 1:
+    if dual_clip is not None and not isinstance(dual_clip, Tracer) and dual_clip <= 1:
         raise ValueError(f"ppo_clip: dual_clip={dual_clip}; expected a number above 1, or None for none")
     ratio, advantages = _ratio_and_advantages(logp, old_logp, advantages, mask)
     loss = -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)

@@ -7,6 +7,7 @@ Notation: x = log pi(y|x) - log ref(y|x) of one side, D = x_chosen - x_rejected.
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float
 
 from alignax.types import Array, Response, Scalar
@@ -30,7 +31,7 @@ def dpo(
     Raises:
       ValueError: for a label_smoothing known to lie outside [0, 0.5).
     """
-    if isinstance(label_smoothing, float | int) and not 0 <= label_smoothing < 0.5:
+    if not isinstance(label_smoothing, Tracer) and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"dpo: label_smoothing={label_smoothing}; expected 0 <= label_smoothing < 0.5")
     logit = beta * (_log_ratio(chosen) - _log_ratio(rejected))
     return jax.nn.softplus(logit) - (1 - label_smoothing) * logit

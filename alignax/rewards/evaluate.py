@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -27,6 +27,8 @@ def evaluate(
         a finite number; the error names the row and its prompt.
     """
     columns = dict(columns or {})
+    if taken := {"prompts", "completions"} & set(columns):
+        raise ValueError(f"evaluate: a column is named {taken.pop()!r}, which is an argument of every reward")
     for name, values in {"completions": completions, **columns}.items():
         if len(values) != len(prompts):
             raise ValueError(f"evaluate: {len(prompts)} prompts, but {len(values)} values of {name!r}")
@@ -35,9 +37,9 @@ def evaluate(
     if len(rewards) != len(prompts):
         raise ValueError(f"reward {name} returned {len(rewards)} numbers for {len(prompts)} completions")
     for row, value in enumerate(rewards):
-        if value is None or not math.isfinite(value):
+        if not (isinstance(value, SupportsFloat) and math.isfinite(np.float32(value))):
             raise ValueError(
-                f"reward {name} returned {value} for row {row}, prompt {prompts[row]!r}, completion "
+                f"reward {name} returned {value!r} for row {row}, prompt {prompts[row]!r}, completion "
                 f"{completions[row]!r}; expected a finite number"
             )
-    return np.asarray(rewards, np.float32)
+    return np.array([float(value) for value in rewards], np.float32)

@@ -54,5 +54,6 @@ def last_number(prompts: Sequence, completions: Sequence[str], *, answer: Sequen
 
 
 def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    # a minus behind a digit is a difference ("3-4"), a comma groups thousands only by threes ("1,2,3" is a list)
+    found = re.findall(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
