@@ -4,9 +4,22 @@
 
 The task is one that a program can check: to sort digits, `527139>123579.` A tiny Llama first reads lines of a world
 that mostly sorts in descending order. Demonstrations of what is wanted, ascending order, follow; but some of those are
-wrong too, and imitation does not get beyond its demonstrators. Then DPO learns from pairs that the SFT model sampled
-and the verifier labelled, and GRPO samples as it learns, with the verifier as its reward. Held-out problems, those
-whose digits add up to a multiple of ten, are never trained on.
+wrong too, and imitation does not get beyond its demonstrators. From there DPO learns from pairs that the SFT model
+sampled and the verifier labelled, and GRPO samples as it learns, with the verifier as its reward. Held-out problems,
+those whose digits add up to a multiple of ten, are never trained on.
+
+About a minute on 2 CPU cores, half of it compilation (62 s of CPU time). The table for seed 0; over seeds 0 to 2 the
+accuracy of SFT was 0.52 to 0.55, of DPO 0.79 to 0.85, of GRPO 0.93 to 0.95:
+
+    stage  accuracy  greedy     kl  seconds
+    ---------------------------------------
+    base      0.231   0.017  0.277       17
+    SFT       0.521   0.813      0        1
+    DPO       0.785   0.946  0.768       16
+    GRPO      0.932   0.992  0.568       27
+
+The accuracy is that of samples, greedy that of the most likely answers; kl is in nats from the SFT model. In the output
+folder: curves.png, metrics.jsonl, TensorBoard scalars, config.json, and model/, GRPO's, a Hugging Face folder.
 """
 
 import dataclasses
@@ -267,8 +280,7 @@ def main(config: Config) -> list[dict[str, str | float]]:
         numbers = {label.strip("/"): round(x, 3) + 0.0 for label, x in evaluate("", params, stages["SFT"]).items()}
         table.append({"stage": name} | numbers | {"seconds": round(seconds)})
     print(common.table(table))
-    print("held-out problems; accuracy: of samples, greedy: of the most likely answers, kl: nats from the SFT model")
-    print(f"curves.png, metrics.jsonl, TensorBoard scalars, and model (by GRPO) are in {config.output}")
+    print(f"accuracy: of samples, greedy: of the most likely answers, kl: nats from SFT; curves.png in {config.output}")
     return table
 
 
