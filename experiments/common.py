@@ -10,6 +10,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,7 +21,9 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alignax import sharding, train
+from alignax import data, sampling, sharding, train
+from alignax.data import text
+from alignax.io import hf
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -106,6 +109,62 @@ def create_state(
     """A train state on the mesh, sharded by the rules; it holds copies, so that `params` can stay the reference."""
     create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules)
     return create(params, jax.random.key(seed))
+
+
+def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> None:
+    """Refuses at once what would fail after minutes, with the folder half written.
+
+    Args:
+      config: a script's Config.
+      mesh: with an axis "data".
+      rows: of one update's batch, before it is split.
+      parts: into how many parts it is split, before each goes over the devices.
+
+    Raises:
+      ValueError: for counts below 1, nothing held out, or rows that do not divide.
+    """
+    for name in ("steps", "evaluate_every", "microbatches"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
+    if not 0 < config.held_out < 1:
+        raise ValueError(f"held_out={config.held_out}; expected a fraction between 0 and 1, for the evaluation")
+    devices = mesh.shape["data"]
+    if rows < 1 or rows % (parts * devices):
+        raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices of the data axis each")
+
+
+def hold_out(config: Any, rows: list, summary: str) -> tuple[list, list]:
+    """Rows to train on and rows held out; prints the summary of what was read.
+
+    Raises:
+      ValueError: when there are not two rows to share out.
+    """
+    print(summary)
+    if len(rows) < 2:
+        raise ValueError(f"{config.data}: {summary}; expected at least one row to train on and one to hold out")
+    return data.split(rows, config.held_out, seed=config.seed)
+
+
+def make_show(loaded: hf.Loaded, prompts: Sequence[np.ndarray], *, new_tokens: int = 64) -> Callable[..., None]:
+    """Makes `show(title, params, key)`, which prints a sampled continuation of each prompt, token ids.
+
+    What does not fit the model's context beside the new tokens is cut off the beginning of a prompt.
+    """
+    context = loaded.model.config.max_positions
+    new_tokens = min(new_tokens, context // 2)
+    width = min(max(map(len, prompts)), context - new_tokens)
+    shown = [prompt[-width:] for prompt in prompts]
+    tokens = np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in shown])
+    lengths = np.array([len(prompt) for prompt in shown])
+    generate = partial(sampling.generate, loaded.model, max_new_tokens=new_tokens, eos_ids=loaded.eos_ids)
+    sample = jax.jit(generate)
+
+    def show(title: str, params: Any, key: jax.Array) -> None:
+        samples = sample(params, tokens, lengths, key)
+        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+        print_samples(title, loaded.tokenizer.batch_decode(shown), completions)
+
+    return show
 
 
 def to_host(tree: Any) -> Any:

@@ -29,27 +29,10 @@ from alignax.io import hf
 from alignax.logprobs import token_logprobs
 from alignax.types import Params
 
-HAPPY = (
-    "happy",
-    "smile",
-    "smiled",
-    "laugh",
-    "laughed",
-    "fun",
-    "love",
-    "loved",
-    "hug",
-    "hugged",
-    "joy",
-    "proud",
-    "glad",
-)
-REWARDS = {
-    "happy_ending": rewards.weighted((0.5, rewards.distinct_words(HAPPY, enough=4)), (0.5, rewards.finished)),
-    "last_number": rewards.last_number,
-}
+REWARDS = {"last_number": rewards.last_number}
+TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 ADVANTAGES = {"group_relative": advantages.group_relative, "group_centred": advantages.group_centred}
-KLS = {"k2": losses.k2, "k3": losses.k3}
+KLS = {"none": None, "k2": losses.k2, "k3": losses.k3}
 SHOW = ("reward", "kl", "length", "held_out/reward")
 CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy", "clip_fraction", "truncated")
 
@@ -64,8 +47,8 @@ class Config:
     """JSONL, JSON or Parquet file of prompts, a folder of these, or an id of the hub."""
     output: pathlib.Path
     """New folder for everything that comes out."""
-    reward: str = "happy_ending"
-    """happy_ending, last_number, or FILE.py:FUNCTION."""
+    reward: str
+    """last_number (the answer's, as in GSM8K), or FILE.py:FUNCTION."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """Columns of the data to rename, old name and new name."""
     steps: int = 100
@@ -81,7 +64,11 @@ class Config:
     microbatches: int = 1
     """Parts into which an update is split to save memory; the result is the same."""
     max_prompt_tokens: int = 256
-    """Longer prompts are left out and counted."""
+    """Most tokens of a prompt."""
+    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
+    drop_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
     max_new_tokens: int = 128
     """Most tokens of a completion."""
     temperature: float = 1.0
@@ -96,8 +83,8 @@ class Config:
     """How far below 1 a ratio counts."""
     clip_high: float = 0.2
     """How far above 1 a ratio counts."""
-    kl: Literal["k2", "k3"] = "k3"
-    """Estimator of KL(policy || reference) in the loss."""
+    kl: Literal["none", "k2", "k3"] = "k3"
+    """Estimator of KL(policy || reference) in the loss; none needs no reference."""
     kl_weight: float = 0.04
     """Its weight (beta)."""
     ema_rate: float = 0.0
@@ -141,12 +128,23 @@ def find_reward(name: str) -> rewards.Reward:
 
 def load_prompts(config: Config, tokenizer) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
     """Prompts to train on and prompts held out; prints how many were left out, and why."""
-    found, bad = data.parse(data.read(config.data), data.formats.prompts, columns=config.columns)
-    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=truncation.drop)
-    kept, long = data.collect(encode, found)
-    print(data.summary(kept, bad + long))
-    prompts, held_out = data.split(kept, config.held_out, seed=config.seed)
+    source = data.read(config.data)
+    found, bad = data.parse(source, data.formats.prompts, columns=config.columns, drop=config.drop_bad_rows)
+    cut = TRUNCATIONS[config.truncate]
+    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=cut)
+    kept, unfit = data.collect(encode, found, drop=config.drop_bad_rows)
+    prompts, held_out = common.hold_out(config, kept, data.summary(kept, bad + unfit))
     return prompts, held_out[: config.evaluate_prompts]
+
+
+def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses at once what would fail after a rollout."""
+    if config.group < 2:
+        raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
+    if config.epochs < 1 or config.minibatches < 1:
+        raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
+    common.check(config, mesh, rows=config.prompts, parts=1)
+    common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 
 class Functions(NamedTuple):
@@ -207,7 +205,7 @@ def judge(
     completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
     prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
     rows = [row for row in asked["columns"] for _ in range(group)]
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
     columns["truncated"] = common.to_host(samples.truncated).tolist()
     return completions, rewards.evaluate(reward, prompts, completions, columns)
 
@@ -215,7 +213,7 @@ def judge(
 def evaluate(
     config: Config, loaded: hf.Loaded, functions: Functions, reward: rewards.Reward, params: Params, asked: dict
 ) -> tuple[dict[str, float], Sequence[str]]:
-    """One completion of each held-out prompt: mean reward, KL to the model as it was loaded, and the texts."""
+    """One completion of each held-out prompt: mean reward, KL to the model as it was loaded (k1), and the texts."""
     key = jax.random.key(config.seed + 1)  # the same every time, so that evaluations differ by the policy alone
     rows = functions.sample_one(params, asked["tokens"], asked["lengths"], key)
     difference = functions.score(params, rows) - functions.score(loaded.params, rows)
@@ -231,11 +229,10 @@ def evaluate(
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    if config.group < 2:
-        raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
     reward = find_reward(config.reward)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    check_counts(config, mesh)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     prompts, held_out = load_prompts(config, loaded.tokenizer)
     # one width for all prompts: it is part of the sampler's and the update's compiled shapes
@@ -270,13 +267,15 @@ def main(config: Config) -> dict[str, float]:
                 advantages=ADVANTAGES[config.advantages](jnp.asarray(scores).reshape(-1, config.group)).reshape(-1),
                 # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
                 old_logp=None if updates == 1 else functions.score(state.params, rows),
-                ref_logp=functions.score(reference, rows),
+                ref_logp=None if config.kl == "none" else functions.score(reference, rows),
                 weights=jnp.asarray(counted, jnp.float32),
             )
-            metrics = {}
+            parts = []
             for epoch in range(config.epochs):
                 for part in train.minibatches(jax.random.fold_in(order_key, epoch), rollout, config.minibatches):
                     state, metrics = functions.update(state, sharding.shard_batch(part, mesh), None, hyper)
+                    parts.append(metrics)
+            metrics = {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]}
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
             metrics |= rollout_metrics(rows, scores, counted, config.group)

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from alignax import data, losses, models, sampling, sharding, train
+from alignax import data, losses, models, sharding, train
 from alignax.algorithms import preference
-from alignax.data import text, truncation
+from alignax.data import truncation
 from alignax.io import hf
 
 LOSSES = {"dpo": losses.dpo, "ipo": losses.ipo, "ipo_average": losses.ipo_average}
@@ -98,16 +98,36 @@ def load_pairs(config: Config, tokenizer) -> tuple[list[data.TokenPair], list[da
         raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
     encode = partial(tokenize, tokenizer, limit=config.limit, truncate=TRUNCATIONS[config.truncate])
     rows, unfit = data.collect(encode, pairs, drop=config.drop_bad_rows)
-    print(data.summary(rows, bad + unfit))
-    return data.split(rows, config.held_out, seed=config.seed)
+    return common.hold_out(config, rows, data.summary(rows, bad + unfit))
+
+
+def prompt_of(pair: data.TokenPair) -> np.ndarray:
+    """What both completions continue."""
+    return pair.chosen.tokens[: max(1, int(pair.chosen.mask.argmax()))]
+
+
+def check_loss(config: Config) -> None:
+    """The loss's hyperparameters reach it traced, where it can refuse nothing."""
+    if config.beta <= 0:
+        raise ValueError(f"beta={config.beta}; expected a number above 0")
+    if config.label_smoothing and (config.loss != "dpo" or not 0 <= config.label_smoothing < 0.5):
+        raise ValueError(
+            f"label_smoothing={config.label_smoothing}; expected 0 to below 0.5, and 0 for any loss but dpo"
+        )
 
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
+    check_loss(config)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     hyper = {"beta": config.beta} | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {})
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    if config.limit > loaded.model.config.max_positions:
+        raise ValueError(
+            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
+        )
     pairs, held_out = load_pairs(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.pairs, batch_size=config.batch_size, buckets=buckets)
@@ -126,7 +146,7 @@ def main(config: Config) -> dict[str, float]:
     loss_fn = preference.make_loss(loaded.model, loss=LOSSES[config.loss])
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(loss_fn))
-    sample = jax.jit(partial(sampling.generate, loaded.model, max_new_tokens=64, eos_ids=loaded.eos_ids))
+    show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):
         return sharding.shard_batch(preference.Batch(**batch), mesh)
@@ -137,14 +157,7 @@ def main(config: Config) -> dict[str, float]:
         names = {"held_out/loss": "loss/pairs"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
         return {new: values[old] for new, old in names.items()}
 
-    def show(title: str) -> None:
-        shown = [pair.chosen.tokens[: pair.chosen.mask.argmax()][-128:] for pair in held_out[:4]]
-        tokens = np.stack([np.pad(prompt, (0, 128 - len(prompt))) for prompt in shown])
-        samples = sample(state.params, tokens, np.array([len(prompt) for prompt in shown]), state.key)
-        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
-        common.print_samples(title, loaded.tokenizer.batch_decode(shown), completions)
-
-    show("before")
+    show("before", state.params, state.key)
     with run:
         result = run.log(0, evaluate())
         for step, (batch, _) in enumerate(itertools.islice(batches(pairs, seed=config.seed), config.steps), start=1):
@@ -153,7 +166,7 @@ def main(config: Config) -> dict[str, float]:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    show("after")
+    show("after", state.params, state.key)
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
     result = {name: float(value) for name, value in result.items()}
     accuracy = result["held_out/rewards/accuracies"]

@@ -15,11 +15,12 @@ from typing import Literal
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
-from alignax import data, models, sampling, sharding, train
+from alignax import data, models, sharding, train
 from alignax.algorithms import sft
-from alignax.data import text, truncation
+from alignax.data import truncation
 from alignax.io import hf
 
 TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
@@ -76,6 +77,8 @@ class Config:
 def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenRow], list[data.TokenRow]]:
     """Tokenised rows to train on and rows held out; prints how many were left out, and why."""
     examples, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
+    if not isinstance(examples[0] if examples else None, data.Example):
+        raise ValueError(f"{config.data}: no texts; expected columns text, prompt and completion, or messages")
     encode = partial(
         data.tokenize_example,
         tokenizer,
@@ -84,23 +87,24 @@ def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenRow], list[data
         every_turn=config.every_turn,
     )
     rows, unfit = data.collect(encode, examples, drop=config.drop_bad_rows)
-    print(data.summary(rows, bad + unfit))
-    return data.split(rows, config.held_out, seed=config.seed)
+    return common.hold_out(config, rows, data.summary(rows, bad + unfit))
 
 
-def first_tokens(rows: list[data.TokenRow]) -> tuple[jax.Array, jax.Array]:
-    """Prompts to sample from: what comes before a row's completion, or the first token of a row that is all text."""
-    starts = [row.tokens[: max(1, int(row.mask.argmax()))] for row in rows]
-    width = max(map(len, starts))
-    tokens = jnp.stack([jnp.pad(jnp.asarray(start), (0, width - len(start))) for start in starts])
-    return tokens, jnp.array([len(start) for start in starts])
+def prompt_of(row: data.TokenRow) -> np.ndarray:
+    """What comes before a row's completion, or the first token of a row that is all text."""
+    return row.tokens[: max(1, int(row.mask.argmax()))]
 
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    if config.limit > loaded.model.config.max_positions:
+        raise ValueError(
+            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
+        )
     rows, held_out = load_rows(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)
@@ -118,7 +122,7 @@ def main(config: Config) -> dict[str, float]:
     loss_fn = sft.make_loss(loaded.model)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(loss_fn))
-    sample = jax.jit(partial(sampling.generate, loaded.model, max_new_tokens=64, eos_ids=loaded.eos_ids))
+    show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):
         return sharding.shard_batch(sft.Batch(**batch), mesh)
@@ -128,14 +132,7 @@ def main(config: Config) -> dict[str, float]:
         values = train.merge(parts)
         return {"held_out/loss": values["loss/nll"], "held_out/accuracy": values["mean_token_accuracy"]}
 
-    def show(title: str) -> None:
-        tokens, lengths = first_tokens(held_out[:4])
-        samples = sample(state.params, tokens, lengths, state.key)
-        prompts = loaded.tokenizer.batch_decode([row[:n] for row, n in zip(common.to_host(tokens), lengths)])
-        completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
-        common.print_samples(title, prompts, completions)
-
-    show("before")
+    show("before", state.params, state.key)
     with run:
         result = run.log(0, evaluate())
         for step, (batch, _) in enumerate(itertools.islice(batches(rows, seed=config.seed), config.steps), start=1):
@@ -144,7 +141,7 @@ def main(config: Config) -> dict[str, float]:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    show("after")
+    show("after", state.params, state.key)
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
     result = {name: float(value) for name, value in result.items()}
     print(f"held-out loss {run.history['held_out/loss'][0][1]:.4f} -> {result['held_out/loss']:.4f}; {config.output}")

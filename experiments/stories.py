@@ -3,7 +3,7 @@
     python experiments/stories.py --model FOLDER --output runs/stories
 
 The model writes the beginnings of stories; the task is to end each in time and with happy words, scored from 0 to 1 by
-a rule (`grpo.REWARDS["happy_ending"]`). DPO learns from the best and the worst of several endings sampled from the
+a rule, `happy_ending` below. DPO learns from the best and the worst of several endings sampled from the
 start, GRPO from the rule itself, each at several weights of the KL; all then end beginnings that no run has seen.
 FOLDER is meant to hold stories260K, a Llama of 260 thousand parameters trained on TinyStories.
 
@@ -34,7 +34,7 @@ from alignax.data import text
 from alignax.io import hf
 from alignax.logprobs import token_logprobs
 
-RULE = "happy_ending"
+HAPPY = "happy smile smiled laugh laughed fun love loved hug hugged joy proud glad".split()
 CHUNK = 64  # prompts sampled from at once
 
 
@@ -74,6 +74,15 @@ class Config:
     """Prompts of a rollout of GRPO; half the pairs of an update of DPO."""
     seed: int = 0
     """Of everything."""
+
+
+def happy_ending(prompts: Sequence[str], endings: Sequence[str], *, truncated: Sequence[bool], **_) -> list[float]:
+    """A quarter for each different happy word, up to 1; half of it when the story was cut off before its end.
+
+    A product, not a sum: an empty ending is in time, and a sum would pay for it.
+    """
+    words = rewards.distinct_words(HAPPY, enough=4)(prompts, endings)
+    return [value * (0.5 if cut else 1.0) for value, cut in zip(words, truncated, strict=True)]
 
 
 def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
@@ -134,7 +143,7 @@ def make_draw(config: Config, start: hf.Loaded, group: int) -> Callable[..., dic
             endings = text.decode(start.tokenizer, rows.tokens, rows.mask, eos_ids=start.eos_ids)
             columns = {"truncated": part["truncated"].tolist()}
             repeated = [prompt for prompt in asked for _ in range(group)]
-            part["reward"] = rewards.evaluate(grpo.REWARDS[RULE], repeated, endings, columns)
+            part["reward"] = rewards.evaluate(happy_ending, repeated, endings, columns)
             part["text"] = np.array(endings, object)
             parts.append({name: x.reshape(-1, group) for name, x in part.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -206,7 +215,12 @@ def align(config: Config, pairs: str, beginnings: str) -> Iterator[tuple[str, st
     shared_grpo |= {"max_prompt_tokens": config.beginning_tokens, "max_new_tokens": config.max_new_tokens}
     for weight in config.kl_weights:
         output = config.output / f"grpo_{weight}"
-        settings = {"kl_weight": weight, "prompts": config.batch_size, "group": config.group, "reward": RULE}
+        settings = {
+            "kl_weight": weight,
+            "prompts": config.batch_size,
+            "group": config.group,
+            "reward": f"{__file__}:happy_ending",
+        }
         grpo.main(grpo.Config(**shared_grpo, **settings, output=output))
         yield "GRPO", f"kl {weight}", output
 

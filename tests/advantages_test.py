@@ -65,6 +65,11 @@ def test_a_group_without_spread_has_advantage_exactly_0(reward):
     np.testing.assert_array_equal(advantages.group_relative(rewards, eps=1e-9), np.zeros((2, 7)))
 
 
+def test_large_rewards_that_differ_little():
+    rewards = jnp.array([[1e6, 1e6, 1e6 + 0.0625, 1e6]])
+    np.testing.assert_allclose(advantages.group_centred(rewards), [[-1 / 64, -1 / 64, 3 / 64, -1 / 64]], rtol=1e-6)
+
+
 def test_an_answer_without_a_reward_is_left_out():
     rewards = jnp.array([[1.0, jnp.nan, 0.0, 1.0], [jnp.nan] * 4, [2.0, jnp.nan, jnp.nan, jnp.nan]])
     result = advantages.group_relative(rewards)

@@ -38,6 +38,11 @@ def test_example_weights():
     np.testing.assert_allclose(reduce.batch_mean(jnp.array([3.0, jnp.nan, 1.0]), weights), (7.0, 3.0))
 
 
+def test_a_mask_selects_whatever_its_values():
+    for mean in (reduce.token_mean, reduce.sequence_mean, reduce.sequence_sum):
+        np.testing.assert_array_equal(mean(X, MASK * 2.0), mean(X, MASK))
+
+
 def test_nothing_counted_is_zero_with_a_zero_gradient():
     empty = jnp.zeros((2, 3))
     for mean in (reduce.token_mean, reduce.sequence_mean, reduce.sequence_sum):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import problems, tiny
 
 from alignax import train
 from alignax.types import Max, Mean, Term
@@ -102,6 +103,45 @@ def test_bfloat16_parameters_keep_their_dtype():
     np.testing.assert_allclose(float(new.params["w"]), expected_update(0.0)[1]["w"], rtol=1e-2)
 
 
+def test_the_optimizer_keeps_its_dtypes_too_and_compiles_once():
+    optimizer = optax.adamw(1e-2)
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return loss_fn(*args)
+
+    update = jax.jit(train.make_update(counted, optimizer))
+    first = state(optimizer, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
+    second, _ = update(first, BATCH)
+    seen = len(traces)
+    third, _ = update(second, BATCH)
+    assert jax.tree.map(lambda x: x.dtype, third) == jax.tree.map(lambda x: x.dtype, first)
+    assert len(traces) == seen
+
+
+def test_a_step_of_infinite_length_is_left_out():
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=jnp.nan)
+    after, metrics = train.make_update(loss_fn, optimizer)(state(optimizer), BATCH)
+    assert metrics["skipped"] == 1 and after.params["w"] == PARAMS["w"]
+
+
+def test_counting_first_costs_no_forward_pass():
+    problem, (model, params) = problems()["grpo"], tiny()
+    loss_fn, batch = problem.make_loss(model), jax.tree.map(jnp.asarray, problem.batch)
+
+    def plain(params):
+        terms, _ = loss_fn(params, batch, problem.frozen, problem.hyper)
+        return sum(term.weight * term.mean.value() for term in terms.values())
+
+    def flops(function, *args):
+        return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+    optimizer = optax.sgd(RATE)
+    args = (state(optimizer, params), batch, problem.frozen, problem.hyper)
+    assert flops(train.make_update(loss_fn, optimizer), *args) < 1.05 * flops(jax.grad(plain), params)
+
+
 def test_a_donated_state_is_reused():
     optimizer = optax.adam(RATE)
     before = state(optimizer, jax.tree.map(jnp.copy, PARAMS))
@@ -136,7 +176,9 @@ def test_minibatches_are_one_permutation(key):
     other = jnp.concatenate([part["a"] for part in train.minibatches(jax.random.key(1), rows, 3)])
     assert not jnp.array_equal(seen, other)
     with pytest.raises(ValueError, match="12 rows do not divide into 5 minibatches"):
-        next(train.minibatches(key, rows, 5))
+        train.minibatches(key, rows, 5)
+    with pytest.raises(ValueError, match=r"leaves have \[4, 12\] rows"):
+        train.minibatches(key, {**rows, "c": jnp.zeros(4)}, 2)
 
 
 def test_ema_vectors(shared):

@@ -56,12 +56,30 @@ def test_permutation(problem, expected, run):
 def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, run):
     batch = problem.batch
     garbage = {"tokens": np.where(batch.segments, batch.tokens, 7)}  # padding may hold any id
-    garbage["tokens"][2] = 9  # the filler row, any content
+    garbage["tokens"][2] = 10_000  # the filler row, any content, ids outside the vocabulary too
     for name in ("old_logp", "ref_logp"):
         if getattr(batch, name, None) is not None:
             garbage[name] = np.where(batch.mask, getattr(batch, name), np.nan)
-            garbage[name][2] = np.where(batch.mask[2], -1e4, np.nan)
+            garbage[name][2] = np.nan
+    if getattr(batch, "advantages", None) is not None:
+        garbage["advantages"] = np.where(np.arange(ROWS) == 2, np.nan, batch.advantages)
+    garbage = {name: value.astype(getattr(batch, name).dtype) for name, value in garbage.items()}
     assert_same(three_updates(problem, run=run, batch=batch._replace(**garbage)), expected)
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_a_missing_reference_is_named(name):
+    problem, (model, params) = problems()[name], tiny()
+    for frozen in (params["head"], [params]):
+        with pytest.raises(ValueError, match=rf"frozen is a {type(frozen).__name__}; expected .*'reference': params"):
+            jax.eval_shape(problem.make_loss(model), params, problem.batch, frozen, {})
+
+
+def test_advantages_of_another_shape_are_refused():
+    problem, (model, params) = problems()["grpo"], tiny()
+    batch = problem.batch._replace(advantages=problem.batch.advantages.reshape(4, 4))
+    with pytest.raises(AssertionError):
+        jax.eval_shape(problem.make_loss(model), params, batch, problem.frozen, {})
 
 
 def test_nothing_recompiles_when_a_number_changes(problem):

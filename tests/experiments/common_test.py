@@ -123,15 +123,15 @@ def test_norm_limit_zero_clips_nothing():
 def test_run_writes_everything(tmp_path, capfd):
     folder = tmp_path / "runs" / "one"
     with common.Run(folder, Config(), total=3, show=("loss",)) as run:
-        for step in range(3):
-            returned = run.log(step, {"loss": jnp.float32(1.0 / (step + 1)), "reward/mean": 2 * step})
+        for step in range(1, 4):
+            returned = run.log(step, {"loss": jnp.float32(1.0 / step), "reward/mean": 2 * step})
             lines = (folder / "metrics.jsonl").read_text().splitlines()
-            assert len(lines) == step + 1  # already on disk
-    assert returned == {"loss": pytest.approx(1 / 3), "reward/mean": 4.0}
+            assert len(lines) == step  # already on disk
+    assert returned == {"loss": pytest.approx(1 / 3), "reward/mean": 6.0}
     assert [json.loads(line) for line in lines] == [
-        {"step": 0, "loss": 1.0, "reward/mean": 0.0},
-        {"step": 1, "loss": 0.5, "reward/mean": 2.0},
-        {"step": 2, "loss": pytest.approx(1 / 3), "reward/mean": 4.0},
+        {"step": 1, "loss": 1.0, "reward/mean": 2.0},
+        {"step": 2, "loss": 0.5, "reward/mean": 4.0},
+        {"step": 3, "loss": pytest.approx(1 / 3), "reward/mean": 6.0},
     ]
     assert json.loads((folder / "config.json").read_text())["config"] == {"output": "unused", "steps": 3}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

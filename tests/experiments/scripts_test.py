@@ -119,14 +119,44 @@ def test_grpo_refuses(tiny_folder, tmp_path):
     data = write(tmp_path / "data.jsonl", prompts(8))
     config = {"model": str(tiny_folder), "data": data, "output": tmp_path / "out"}
     with pytest.raises(ValueError, match="--group 1: a group baseline needs at least 2"):
-        grpo.main(grpo.Config(**config, group=1))
-    with pytest.raises(ValueError, match=r"--reward nonsense: expected one of \['happy_ending', 'last_number'\]"):
+        grpo.main(grpo.Config(**config, reward="last_number", group=1))
+    with pytest.raises(ValueError, match="64 rows do not divide into 3 parts on 1 devices"):
+        grpo.main(grpo.Config(**config, reward="last_number", minibatches=3))
+    with pytest.raises(ValueError, match=r"--reward nonsense: expected one of \['last_number'\]"):
         grpo.main(grpo.Config(**config, reward="nonsense"))
     assert not (tmp_path / "out").exists()
     (tmp_path / "nan.py").write_text("def nan(prompts, completions, **_):\n    return [float('nan')] * len(prompts)\n")
     with pytest.raises(ValueError, match="reward nan returned nan for row 0, prompt 'say"):
         grpo.main(grpo.Config(**config, reward=f"{tmp_path / 'nan.py'}:nan", max_new_tokens=4, steps=1, warmup=0))
     assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"evaluate_every": 0}, "evaluate_every=0; expected at least 1"),
+        ({"held_out": 0.0}, r"held_out=0\.0; expected a fraction between 0 and 1"),
+        ({"batch_size": 3, "microbatches": 2}, "3 rows do not divide into 2 parts"),
+        ({"limit": 4096}, "limit=4096; expected at most 2048, the model's context"),
+        ({"limit": 5}, "30 rows read, 0 kept, 30 dropped.*expected at least one row to train on"),
+        ({"label_smoothing": 0.9}, r"label_smoothing=0\.9; expected 0 to below 0\.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "and 0 for any loss but dpo"),
+        ({"beta": 0.0}, r"beta=0\.0; expected a number above 0"),
+    ],
+)
+def test_preference_refuses(tiny_folder, tmp_path, change, message):
+    data = write(tmp_path / "data.jsonl", pairs(30))
+    config = {"model": str(tiny_folder), "data": data, "output": tmp_path / "out"} | change
+    with pytest.raises(ValueError, match=message):
+        preference.main(preference.Config(**config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_sft_refuses_pairs_and_previews_within_the_context(tiny_folder, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", pairs(4))
+    with pytest.raises(ValueError, match="no texts; expected columns text, prompt and completion, or messages"):
+        sft.main(sft.Config(model=str(tiny_folder), data=data, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_preference_refuses_data_without_pairs(tiny_folder, tmp_path):

@@ -49,7 +49,7 @@ def test_without_a_reference():
     np.testing.assert_allclose(losses.dpo(free, other, beta=0.5), math.log1p(math.exp(-1)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.5, -0.1, 1])
+@pytest.mark.parametrize("label_smoothing", [0.5, -0.1, 1, jnp.float32(0.9)])
 def test_label_smoothing_out_of_range_is_refused(label_smoothing):
     with pytest.raises(ValueError, match=r"label_smoothing=.*expected 0 <= label_smoothing < 0.5"):
         losses.dpo(side([-1.0], [-1.0]), side([-2.0], [-2.0]), label_smoothing=label_smoothing)

@@ -17,9 +17,9 @@ def test_columns_reach_the_reward():
     np.testing.assert_array_equal(result, [1, 0])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "1", 1e300])
 def test_a_reward_that_is_no_number_names_its_prompt(bad):
-    with pytest.raises(ValueError, match=r"returned (nan|inf|None) for row 1, prompt 'q', completion 'y'"):
+    with pytest.raises(ValueError, match=r"returned (nan|inf|None|'1'|1e\+300) for row 1, prompt 'q', completion 'y'"):
         rewards.evaluate(lambda p, c: [1.0, bad], ["p", "q"], ["x", "y"])
 
 
@@ -28,5 +28,7 @@ def test_wrong_counts_are_refused():
         rewards.evaluate(lambda p, c: [1.0], ["p", "q"], ["x", "y"])
     with pytest.raises(ValueError, match="2 prompts, but 1 values of 'completions'"):
         rewards.evaluate(length, ["p", "q"], ["x"])
+    with pytest.raises(ValueError, match="a column is named 'prompts'"):
+        rewards.evaluate(length, ["p", "q"], ["x", "y"], {"prompts": [1, 2]})
     with pytest.raises(ValueError, match="2 prompts, but 3 values of 'answer'"):
         rewards.evaluate(length, ["p", "q"], ["x", "y"], {"answer": [1, 2, 3]})

@@ -23,6 +23,8 @@ def test_finished_and_weighted():
 def test_last_number():
     answers = ["so 3 * 4 = 12\n#### 1,234", "#### -7", "#### 2.50"]
     assert rewards.last_number([""] * 3, ["It is 1234.0", "7", "costs $2.5."], answer=answers) == [1.0, 0.0, 1.0]
+    odd = ["from 3-4", "one of 1,2,3", "1e5", "x = -2"]
+    assert rewards.last_number([""] * 4, odd, answer=["4", "3", "100000", "-2"]) == [1.0] * 4
     assert rewards.last_number([""], ["no idea"], answer=["#### 3"]) == [0.0]
     with pytest.raises(ValueError, match="'none' holds no number"):
         rewards.last_number([""], ["3"], answer=["none"])
