@@ -138,7 +138,7 @@ def test_run_writes_everything(tmp_path, capfd):
     (events,) = folder.glob("events.out.tfevents.*")
     assert b"reward/mean" in events.read_bytes()
     assert "3/3" in capfd.readouterr().err
-    assert run.history["reward/mean"] == [(0, 0.0), (1, 2.0), (2, 4.0)]
+    assert run.history["reward/mean"] == [(1, 2.0), (2, 4.0), (3, 6.0)]
 
 
 def test_run_reports_non_finite_metrics(tmp_path):
