@@ -11,7 +11,7 @@ from alignax.models import TransformerConfig, transformer
 def save_tiny_model(folder):
     """A random two-layer decoder with a tokenizer of single bytes, as a Hugging Face folder."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<eos>", *letters])}
+    vocabulary = {token: index for index, token in enumerate(["<eos>", "<pad>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -26,5 +26,5 @@ def save_tiny_model(folder):
             head_dim=8,
         )
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
     hf.save(folder, model, model.init(jax.random.key(0)), tokenizer=fast)

@@ -1,6 +1,7 @@
 """Every script runs whole on a tiny model, leaves what it promises, and refuses what it should."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -113,6 +114,20 @@ def test_grpo_with_a_reward_of_the_users_own(tiny_folder, tmp_path):
     )
     grpo.main(config)
     check_output(config.output, 3, {"reward", "kl", "ratio", "clip_fraction", "held_out/reward", "held_out/kl"})
+
+
+def test_grpo_on_a_mesh(tiny_folder, tmp_path):
+    """Four simulated devices, two of them for each layer; they need a process of their own."""
+    (tmp_path / "mine.py").write_text(
+        "def size(prompts, completions, **_):\n    return [len(c) for c in completions]\n"
+    )
+    command = [sys.executable, grpo.__file__, "--model", tiny_folder, "--output", tmp_path / "out", "--model-axis", "2"]
+    command += ["--data", write(tmp_path / "data.jsonl", prompts(12)), "--reward", f"{tmp_path / 'mine.py'}:size"]
+    command += "--steps 1 --warmup 0 --prompts 4 --group 4 --minibatches 2 --max-new-tokens 4".split()
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    check_output(tmp_path / "out", 1, {"reward", "held_out/kl"})
 
 
 def test_grpo_refuses(tiny_folder, tmp_path):
