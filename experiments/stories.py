@@ -230,7 +230,6 @@ def main(config: Config) -> list[dict]:
     begun, folder = time.time(), config.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output folder {folder} exists and is not empty; name a new one, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
     start = make_start(config, folder / "start")
     found = make_beginnings(config, start)
     asked, prompts = found[: config.held_out], found[config.held_out :]

@@ -77,7 +77,12 @@ def encode_turns(
 
 def _marked(tokenizer: Any, messages: Sequence[Message]) -> list[bool]:
     out = tokenizer.apply_chat_template(list(messages), return_dict=True, return_assistant_tokens_mask=True)
-    return [bool(on) for on in out["assistant_masks"]]
+    marked, special = [bool(on) for on in out["assistant_masks"]], special_tokens(tokenizer)
+    # A block may leave out the special token that ends the turn. The policy has to choose it all the same.
+    ends = [
+        after and not on and token in special for after, on, token in zip([False, *marked], marked, out["input_ids"])
+    ]
+    return [on or end for on, end in zip(marked, ends)]
 
 
 def _turn(tokenizer: Any, ids: list[int], messages: Sequence[Message], i: int, where: str) -> tuple[int, int]:

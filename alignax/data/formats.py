@@ -70,9 +70,11 @@ def messages(row: Row) -> Example:
     """`messages`, or ShareGPT's `conversations`: the completion is the last message, the assistant's."""
     (value,), columns = _take(row, "conversations" if "conversations" in row.fields else "messages")
     talk = read_messages(row, "messages", value)
+    if columns.get("system"):  # ShareGPT keeps it beside the conversation
+        talk = [said("system", read_text(row, "system", columns.pop("system"))), *talk]
     if talk[-1]["role"] != "assistant":
         raise BadRow(row.where, "no reply", f"the last of {len(talk)} messages is the {talk[-1]['role']}'s")
-    if len(talk) == 1:
+    if all(message["role"] == "system" for message in talk[:-1]):
         raise BadRow(row.where, "empty prompt", "the assistant's message is the only one")
     return Example(row.where, talk[:-1], talk[-1:], columns)
 
@@ -113,6 +115,9 @@ def pairs(row: Row, *, marker: str = "\n\nAssistant:") -> Pair:
         common = chosen[: shared_length(chosen, rejected)]
         end = common.rfind(marker) + len(marker) if marker in common else 0
         prompt, chosen, rejected = common[:end], chosen[end:], rejected[end:]
+    elif isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        if chosen.startswith(prompt) and rejected.startswith(prompt):  # both sides repeat the explicit prompt
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     if not prompt:
         raise BadRow(
             row.where, "no prompt", f"no prompt column, and chosen and rejected share no message or {marker!r}"

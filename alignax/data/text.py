@@ -65,6 +65,8 @@ def stop(
     A row keeps the tokens up to the one that completes the stop string: the policy chose it, as it chooses an EOS, and
     is trained on it. What it wrote after that counts for nothing. Arguments as in `decode`.
     """
+    if isinstance(stops, str):
+        raise TypeError(f"stops={stops!r} is one text; expected a sequence of them")
     if not all(stops):
         raise ValueError(f"an empty stop string would cut everything, got {list(stops)}")
     texts, kept = [], np.array(mask, bool)

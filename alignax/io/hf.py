@@ -192,15 +192,24 @@ def _not_about_torch(record: logging.LogRecord) -> bool:
 def _eos_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
     for ids in (generation.get("eos_token_id"), config.get("eos_token_id"), getattr(tokenizer, "eos_token_id", None)):
         if ids is not None:
-            return tuple(ids) if isinstance(ids, Sequence) else (ids,)
+            return _checked_ids(tuple(ids) if isinstance(ids, list | tuple) else (ids,), config.get("vocab_size"))
     return ()
+
+
+def _checked_ids(ids: tuple, vocab_size: int | None) -> tuple[int, ...]:
+    for token in ids:
+        known = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+        if not known or (vocab_size is not None and token >= vocab_size):
+            raise ValueError(f"eos_token_id={list(ids)}; expected token ids, integers from 0 to below {vocab_size}")
+    return ids
 
 
 def _special_ids(config: TransformerConfig, tokenizer: Any, eos_ids: Sequence[int] | None) -> dict[str, Any]:
     generation, source = {}, {}
     if isinstance(config, families.FolderConfig):
         generation, source = config.generation, config.source
-    eos = _eos_ids(generation, source, tokenizer) if eos_ids is None else tuple(eos_ids)
+    given = _eos_ids(generation, source, tokenizer) if eos_ids is None else tuple(eos_ids)
+    eos = _checked_ids(given, config.vocab_size)
     # Written even when unknown: transformers would otherwise assume the ids of the original Llama.
     ids = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "pad_token_id")}
     ids |= {name: source[name] for name in ids if name in source}

@@ -97,7 +97,8 @@ def transformer(config: TransformerConfig) -> Model:
 
 def _embed(config: TransformerConfig, params: Params, tokens: Array) -> Array:
     # An id outside the vocabulary becomes NaN: loud, where clamping would quietly read another token's row.
-    return jnp.take(params["embed"]["embedding"], tokens, axis=0, mode="fill").astype(config.dtype)
+    rows = params["embed"]["embedding"].at[tokens]
+    return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
 
 
 def _prefill(config: TransformerConfig, layers: Params, x: Array, cache: Cache) -> tuple[Array, Cache]:

@@ -1,11 +1,11 @@
 """Calling a reward function, with everything that can be wrong about what it returns checked once."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import numpy as np
 
+_LARGEST = float(np.finfo(np.float32).max)
 Reward = Callable[..., Sequence[float]]
 
 
@@ -37,7 +37,7 @@ def evaluate(
     if len(rewards) != len(prompts):
         raise ValueError(f"reward {name} returned {len(rewards)} numbers for {len(prompts)} completions")
     for row, value in enumerate(rewards):
-        if not (isinstance(value, SupportsFloat) and math.isfinite(np.float32(value))):
+        if not (isinstance(value, SupportsFloat) and abs(float(value)) <= _LARGEST):  # NaN is not
             raise ValueError(
                 f"reward {name} returned {value!r} for row {row}, prompt {prompts[row]!r}, completion "
                 f"{completions[row]!r}; expected a finite number"

@@ -53,10 +53,11 @@ def prompts(prompts: Array, lengths: Array, row_ids: Array | None, *, group: int
 
 def context(model: Model, width: int, max_new_tokens: int) -> None:
     """Checks that rows fit the model, where it says what does."""
-    if model.config is not None and width + max_new_tokens > model.config.max_positions:
+    longest = getattr(model.config, "max_positions", None)  # an adapter's config is the user's own
+    if longest is not None and width + max_new_tokens > longest:
         raise ValueError(
             f"generate: prompts of width {width} and max_new_tokens={max_new_tokens} need {width + max_new_tokens} "
-            f"positions; expected at most the model's {model.config.max_positions}"
+            f"positions; expected at most the model's {longest}"
         )
 
 

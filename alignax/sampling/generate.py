@@ -59,7 +59,8 @@ def generate(
       model: any `Model` (*).
       params: its parameters.
       prompts: token ids from column 0; what lies at or behind `lengths` is ignored.
-      lengths: the tokens of each prompt, 1 to P.
+      lengths: the tokens of each prompt, 1 to P. Where `jit` hides one that is not, its row gets an empty mask and a
+        logp of NaN.
       key: is consumed.
       max_new_tokens: of each completion, EOS included (*).
       row_ids: the identity of each row's randomness; 0 to R - 1 when None. Give every row of a run an id of its own
@@ -87,7 +88,8 @@ def generate(
     rows, size = batch * group, width + max_new_tokens
     settings = Settings(*checks.settings(rows, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
     row_ids = jnp.arange(rows, dtype=jnp.int32) if row_ids is None else row_ids
-    lengths = lengths.astype(jnp.int32)
+    valid = (lengths >= 1) & (lengths <= width)
+    lengths = jnp.clip(lengths.astype(jnp.int32), 1, width)
     columns = jnp.arange(size, dtype=jnp.int32)[None]
 
     cache = loop.prefill(model, params, prompts, lengths, size=size)
@@ -98,12 +100,12 @@ def generate(
     state = loop.State(cache, tokens, logp, starts, done)
     state = loop.decode(model, params, state, method, max_new_tokens=max_new_tokens, eos_ids=eos_ids)
 
-    filled = columns < state.ends[:, None]
+    filled, valid = columns < state.ends[:, None], jnp.repeat(valid, group)
     return Samples(
         tokens=state.tokens,
         segments=filled.astype(jnp.int32),
-        mask=filled & (columns >= starts[:, None]),
-        logp=state.logp,
+        mask=filled & (columns >= starts[:, None]) & valid[:, None],
+        logp=jnp.where(valid[:, None], state.logp, jnp.nan),
         lengths=state.ends - starts,
         truncated=~state.done,
     )

@@ -100,3 +100,16 @@ def test_no_reply(tokenizer):
 def test_no_template(merging):
     with pytest.raises(ValueError, match="the tokenizer has no chat template: set"):
         chat.encode(merging, talk("hi"))
+
+
+def test_a_generation_block_that_leaves_out_the_end_of_the_turn(tokenizer, ids):
+    """The special token behind the block is trained on all the same, and nothing is put behind what follows it."""
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = (
+        "{% for m in messages %}<|start|>{{ m.role[0] }}:{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+    )
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tokens, mask = chat.encode_turns(marked, talk)
+    assert tokens == ids("{u:a}\n{a:b}\n")
+    assert [token for token, on in zip(tokens, mask) if on] == ids("b}")

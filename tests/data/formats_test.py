@@ -217,3 +217,15 @@ def test_hh_rlhf_parts_put_together_are_the_row(shared):
         assert pair.prompt + pair.chosen == whole[pair.where]["chosen"]
         assert pair.prompt + pair.rejected == whole[pair.where]["rejected"]
         assert pair.prompt.endswith("\n\nAssistant:") and "\n\nHuman:" not in pair.chosen + pair.rejected
+
+
+def test_a_text_prompt_that_both_sides_repeat_is_said_once():
+    row = Row("x:1", {"prompt": "Q: x\nA:", "chosen": "Q: x\nA: yes", "rejected": "Q: x\nA: no"})
+    assert formats.pairs(row)[1:4] == ("Q: x\nA:", " yes", " no")
+
+
+def test_a_system_text_beside_a_conversation_comes_first():
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    example = formats.messages(Row("x:1", {"conversations": talk, "system": "be brief", "id": 7}))
+    assert example.prompt[0] == {"role": "system", "content": "be brief"} and len(example.prompt) == 2
+    assert example.columns == {"id": 7}

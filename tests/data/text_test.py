@@ -138,3 +138,8 @@ def test_stories_round_trip(shared):
         whole = np.array([[*row[:length], *tokenizer(prompt, add_special_tokens=False).input_ids, 1]])
         mask = np.arange(whole.shape[1])[None] >= length
         assert text.decode(tokenizer, whole, mask, eos_ids=(1, 2)) == [" " + prompt]
+
+
+def test_one_text_is_not_a_sequence_of_stops(tokenizer):
+    with pytest.raises(TypeError, match="stops='dog' is one text"):
+        text.stop(tokenizer, [[5, 6]], [[0, 1]], "dog")

@@ -57,7 +57,15 @@ def test_the_start_ends_texts_as_the_model_does(shared, tmp_path):
     assert start.tokenizer.eos_token_id == 1 and start.eos_ids == (1, 2)
 
 
-def test_the_study_runs_whole(tiny_folder, tmp_path, capsys):
+def test_the_rule_pays_for_happy_words_and_only_with_them_for_an_end():
+    endings = ["Happy, glad and proud, they had fun.", "happy happy", "", "The end.", "happy and glad"]
+    truncated = [False, True, False, False, False]
+    assert stories.happy_ending([""] * 5, endings, truncated=truncated) == [1.0, 0.125, 0.0, 0.0, 0.5]
+
+
+def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
+    # a random model of bytes writes no words: pairs need another rule (GRPO loads the script's own, and scores 0)
+    monkeypatch.setattr(stories, "happy_ending", lambda prompts, endings, **_: [len(text) / 100 for text in endings])
     config = stories.Config(
         model=str(tiny_folder),
         output=tmp_path / "out",

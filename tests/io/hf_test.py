@@ -504,3 +504,17 @@ def test_transformers_continues_the_story_of_the_saved_folder(tmp_path, shared):
     assert other.generation_config.eos_token_id == [1, 2]
     ids = other.generate(torch.tensor([[1]]), max_new_tokens=200, do_sample=False, pad_token_id=0)[0].tolist()
     assert ids == oracle["greedy_from_bos_ids"]
+
+
+@pytest.mark.parametrize("bad", ["2", True, [2, [3]], [None], 2.0, -1, 10**6])
+def test_an_eos_that_is_no_token_is_refused(tmp_path, scratch, bad):
+    hf.save(tmp_path / "out", *scratch, eos_ids=[1])
+    edit_json(tmp_path / "out/generation_config.json", eos_token_id=bad)
+    with pytest.raises(ValueError, match=r"eos_token_id=.*expected token ids, integers from 0 to below"):
+        hf.load(tmp_path / "out")
+
+
+def test_an_eos_that_is_no_token_is_not_written(tmp_path, scratch):
+    with pytest.raises(ValueError, match=r"eos_token_id=\[1000000\]; expected token ids"):
+        hf.save(tmp_path / "out", *scratch, eos_ids=[10**6])
+    assert not (tmp_path / "out").exists()

@@ -318,3 +318,14 @@ def test_on_a_mesh_it_matches_one_device():
     result = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **flags})
     assert result.returncode == 0, result.stderr
     assert "4 devices agree" in result.stdout
+
+
+@pytest.mark.parametrize("token", [-1, -100, 10_000])
+def test_an_id_outside_the_vocabulary_is_loud(token):
+    config = TransformerConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4
+    )
+    model = models.transformer(config)
+    params = model.init(jax.random.key(0))
+    states = model.hidden(params, jnp.array([[1, token], [1, 2]]), jnp.ones((2, 2), jnp.int32)).states
+    assert jnp.all(jnp.isnan(states[0, 1])) and jnp.all(jnp.isfinite(states[1]))

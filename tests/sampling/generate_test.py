@@ -331,3 +331,19 @@ def test_fills_the_context_to_the_last_position_and_no_further(key):
     assert shapes.tokens.shape == (2, 16)
     with pytest.raises(ValueError, match=r"width 6 and max_new_tokens=11 need 17 positions.*16"):
         generate(model, params, jnp.ones((2, 6), jnp.int32), jnp.array([6, 1]), key, max_new_tokens=11)
+
+
+def test_lengths_that_jit_hides_and_that_are_wrong_show():
+    model = toys.chain()
+    sample = jax.jit(functools.partial(generate, model, max_new_tokens=3))
+    params, prompts = jnp.zeros((5, 5)), jnp.ones((4, 2), jnp.int32)
+    samples = sample(params, prompts, jnp.array([0, 2, 3, -1]), jax.random.key(0))
+    np.testing.assert_array_equal(jnp.any(samples.mask, axis=1), [False, True, False, False])
+    np.testing.assert_array_equal(jnp.all(jnp.isnan(samples.logp), axis=1), [True, False, True, True])
+
+
+def test_a_config_of_the_users_own_is_no_obstacle():
+    model = toys.chain()._replace(config={"name": "mine"})
+    prompts = jnp.ones((1, 1), jnp.int32)
+    samples = generate(model, jnp.zeros((5, 5)), prompts, jnp.array([1]), jax.random.key(0), max_new_tokens=1)
+    assert samples.tokens.shape == (1, 2)
