@@ -77,6 +77,7 @@ def test_preference(tiny_folder, tmp_path, capsys, loss):
         data=write(tmp_path / "data.jsonl", pairs(20)),
         output=tmp_path / "out",
         loss=loss,
+        bfloat16=loss == "ipo",
         steps=4,
         batch_size=4,
         limit=40,
