@@ -42,8 +42,21 @@ def read(source: Any, *, split: str | None = None, separator: str | None = "\n")
     if path.is_file():
         if split is not None:
             raise ValueError(f"{path} is one file and has no splits, got split={split!r}")
-        return _reader(path)(path, separator)
+        return _named(path, _reader(path)(path, separator))
     return _read_hub(str(source), split)
+
+
+def _named(path: Path, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of a file, with its name on what the readers of formats raise without it, and on having none."""
+    empty = True
+    try:
+        for row in rows:
+            empty = False
+            yield row
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read to its end: {error}") from error
+    if empty:
+        raise ValueError(f"{path}: no rows")
 
 
 def _read_object(source: Any, split: str | None, name: str = "row") -> Iterator[Row]:

@@ -160,3 +160,18 @@ def test_real_files(shared):
         "corpora/names.txt": 32033,
     }
     assert {name: sum(1 for _ in read(shared / "data" / name)) for name in counts} == counts
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", b""), ("a.json", b"[]"), ("a.txt", b"")])
+def test_a_file_without_rows_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: no rows"):
+        list(read(tmp_path / name))
+
+
+@pytest.mark.parametrize("keep", [2, 40])
+def test_a_gzip_file_that_is_cut_off_is_named(tmp_path, keep):
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(500)))
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[:keep])
+    with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot be read to its end"):
+        list(read(tmp_path / "a.jsonl.gz"))
