@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens under a model. The only place that shifts tokens against logits.
+"""Log-probabilities and values of given tokens under a model. The only place that shifts tokens against states.
 
 Every array that leaves this module is aligned with `tokens`: `logp[:, t] = log p(tokens[:, t] | tokens[:, :t])`, and 0
 where nothing was predicted (column 0, the first token of a packed part, padding, what the mask leaves out).
@@ -25,6 +25,7 @@ class Scores(NamedTuple):
     entropy: Float[Array, "B T"] = None  # pyright: ignore  # of the whole distribution, in nats
     correct: Float[Array, "B T"] = None  # pyright: ignore  # 1.0 where the token is a most likely one
     logits: Float[Array, "B T"] = None  # pyright: ignore  # the mean logit over the vocabulary
+    values: Float[Array, "B T"] = None  # pyright: ignore  # of the state before the token, from the same forward pass
     aux: dict[str, Array] = {}  # noqa: RUF012  what the model's body returned beside its states
 
 
@@ -51,7 +52,8 @@ def score(
       segments: `[B, T]`, 0 (or False) for padding, k >= 1 for the k-th packed part of the row.
       mask: `[B, T]`, the tokens to score; all that can be predicted when None.
       temperature: divides the logits; use the sampler's. 0 is not a temperature one can score at.
-      want: which other fields of `Scores` to compute, of "entropy", "correct" and "logits".
+      want: which other fields of `Scores` to compute, of "entropy", "correct", "logits" and "values" (the last needs
+        a model with a scalar head: a policy that is its own critic).
       positions, parents, key: passed on to `model.hidden`.
       chunk: about how many tokens meet the vocabulary at once; more where that would make over 16 blocks of columns.
 
@@ -59,12 +61,14 @@ def score(
       `Scores`, every array `[B, T]`.
 
     Raises:
-      ValueError: for an unknown name in `want` or a temperature that is known not to be positive.
+      ValueError: for an unknown name in `want`, values of a model without a scalar head, or a temperature that is
+        known not to be positive.
     """
     chex.assert_rank([tokens, segments], 2)
     chex.assert_equal_shape([tokens, segments])
-    if unknown := set(want) - {"entropy", "correct", "logits"}:
-        raise ValueError(f"score: want={tuple(unknown)} is unknown; expected some of 'entropy', 'correct', 'logits'")
+    known = Scores._fields[1:-1]
+    if unknown := set(want) - set(known):
+        raise ValueError(f"score: want={tuple(unknown)} is unknown; expected some of {known}")
     if not isinstance(temperature, Tracer) and temperature <= 0:
         raise ValueError(f"score: temperature={temperature}; expected a number above 0")
     hidden = model.hidden(params, tokens, segments, positions=positions, parents=parents, key=key)
@@ -81,6 +85,8 @@ def score(
     # at most 16 blocks: in the backward pass of sharded rows each of them sums the head's gradient over the devices
     rows, length = tokens.shape
     columns = _map_columns(head, hidden.states, targets, max(1, chunk // rows, -(-length // 16)))
+    if "values" in want:
+        columns["values"] = _values(model, params, hidden.states)
     aligned = {name: jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0) for name, x in columns.items()}
     return Scores(**aligned, aux=hidden.aux)
 
@@ -96,6 +102,57 @@ def token_logprobs(
 ) -> Float[Array, "B T"]:
     """Log-probability of every token given those before it; see `score`."""
     return score(model, params, tokens, segments, mask=mask, temperature=temperature).logp
+
+
+def token_values(
+    model: Model, params: Params, tokens: Int[Array, "B T"], segments: Array, *, mask: Array | None = None
+) -> Float[Array, "B T"]:
+    """The value of the state before every token, aligned with `tokens` and 0 where `score` has 0: what a critic says.
+
+    Args:
+      model: a `Model` with a scalar head, see `alignax.models.with_score`.
+      params: its parameters.
+      tokens, segments, mask: as for `score`.
+
+    Raises:
+      ValueError: for a model without a scalar head.
+    """
+    chex.assert_rank([tokens, segments], 2)
+    chex.assert_equal_shape([tokens, segments])
+    states = model.hidden(params, tokens, segments).states
+    chosen = _predicted(segments, None)
+    if mask is not None:
+        chex.assert_equal_shape([tokens, mask])
+        chosen = chosen & (mask != 0)
+    return jnp.where(chosen, jnp.roll(_values(model, params, states), 1, axis=1), 0.0)
+
+
+def last_score(model: Model, params: Params, tokens: Int[Array, "B T"], segments: Array) -> Float[Array, " B"]:
+    """The scalar at the last token of every row that is not padding, 0 for a row of padding.
+
+    It is a reward model's score of the row, and the value of the state after it, for rows that were cut off.
+
+    Args:
+      model: a `Model` with a scalar head, see `alignax.models.with_score`.
+      params: its parameters.
+      tokens: `[B, T]`, contiguous rows.
+      segments: `[B, T]`, 0 (or False) for padding; the rows are not packed.
+
+    Raises:
+      ValueError: for a model without a scalar head.
+    """
+    chex.assert_rank([tokens, segments], 2)
+    chex.assert_equal_shape([tokens, segments])
+    states = model.hidden(params, tokens, segments).states
+    length = jnp.sum((segments != 0).astype(jnp.int32), axis=1)
+    last = jnp.take_along_axis(states, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(length > 0, _values(model, params, last), 0.0)
+
+
+def _values(model: Model, params: Params, states: Array) -> Array:
+    if model.values is None:
+        raise ValueError("the model has no scalar head; a reward model or critic is alignax.models.with_score(model)")
+    return model.values(params, states)
 
 
 def _token_scores(logits: Array, targets: Array, want: tuple[str, ...]) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""The few shapes everything agrees on: a mean not yet divided, a model as four functions, a loss function.
+"""The few shapes everything agrees on: a mean not yet divided, a model as a few functions, a loss function.
 
 Importing this module touches no device. Array axes, everywhere in the library: `B` rows, `T` tokens of a row, `D`
 model width, `V` vocabulary, `G` samples of one prompt.
@@ -65,6 +65,8 @@ class Model(NamedTuple):
     logits: `(params, states [..., D]) -> [..., V]`, float32.
     init_cache: `(batch, length) -> cache`, empty.
     config: what saving, planning and FLOP counts need; its `max_positions` is the longest row; None in most adapters.
+    values: `(params, states [..., D]) -> [...]`, float32: one number per state, for reward models and critics; None
+      without a scalar head (`alignax.models.with_score` gives a model one).
     """
 
     init: Callable[..., Params]
@@ -72,6 +74,7 @@ class Model(NamedTuple):
     logits: Callable[[Params, Array], Array]
     init_cache: Callable[[int, int], Cache]
     config: Any = None
+    values: Callable[[Params, Array], Array] | None = None
 
 
 class Response(NamedTuple):

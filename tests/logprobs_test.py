@@ -121,7 +121,7 @@ def test_no_array_of_the_size_of_all_logits():
 def test_bad_arguments_are_refused(batch):
     model, params = tiny()
     tokens, segments = jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"])
-    with pytest.raises(ValueError, match=r"want=\('entropi',\) is unknown; expected some of 'entropy'"):
+    with pytest.raises(ValueError, match=r"want=\('entropi',\) is unknown; expected some of \('entropy'"):
         logprobs.score(model, params, tokens, segments, want=("entropi",))
     with pytest.raises(ValueError, match=r"temperature=0\.0; expected a number above 0"):
         logprobs.score(model, params, tokens, segments, temperature=0.0)

@@ -4,6 +4,8 @@ from alignax.models.adapters import from_apply as from_apply
 from alignax.models.adapters import from_linen as from_linen
 from alignax.models.adapters import from_nnx as from_nnx
 from alignax.models.config import TransformerConfig as TransformerConfig
+from alignax.models.heads import add_score as add_score
+from alignax.models.heads import with_score as with_score
 from alignax.models.rope import LinearScaling as LinearScaling
 from alignax.models.rope import Llama3Scaling as Llama3Scaling
 from alignax.models.segments import segment_positions as segment_positions
