@@ -14,7 +14,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A module imports its own level or lower ones.
 LEVELS = (
     {"types"},
-    {"reduce", "logprobs", "advantages", "losses", "train", "sampling", "sharding"},
+    {
+        "reduce",
+        "logprobs",
+        "advantages",
+        "returns",
+        "moments",
+        "controllers",
+        "losses",
+        "train",
+        "sampling",
+        "sharding",
+    },
     {"algorithms", "models", "rewards"},
     {"data", "evaluation", "io"},
 )

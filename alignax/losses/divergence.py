@@ -1,8 +1,10 @@
-"""Per-token estimators of KL(pi || ref) from samples of pi; d = logp - ref_logp.
+"""Per-token KL divergence between two policies, estimated from samples or exact; d = logp - ref_logp.
 
-See "Approximating KL Divergence", Schulman (http://joschu.net/blog/kl-approx.html). As a *reward*, use k1: its
-expectation is the KL and the others' is not. As a *loss*, use k2, whose expected gradient is that of KL(pi || ref);
-the gradient of k3 (GRPO as published) is that of KL(ref || pi), and k1's is zero in expectation.
+See "Approximating KL Divergence", Schulman (http://joschu.net/blog/kl-approx.html). From samples of pi, k1, k2 and k3
+estimate KL(pi || ref). As a *reward*, use k1: its expectation is the KL, and so is that of its policy gradient. As a
+*loss*, use k2 or `k3_straight_through`, whose expected gradient is that of KL(pi || ref); the gradient of k3 (GRPO as
+published) is that of KL(ref || pi), and k1's is zero in expectation. From samples of the other policy, as PPO has them
+of the old one, `k3_forward` estimates KL(ref || pi).
 """
 
 import chex
@@ -27,6 +29,50 @@ def k3(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) ->
     """exp(-d) - 1 + d. Unbiased and never negative. d is clipped to [-20, 20] so that no token can overflow."""
     d = jnp.clip(_difference(logp, ref_logp, mask), -20.0, 20.0)
     return jnp.expm1(-d) + d
+
+
+def k3_straight_through(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
+    """The value of `k3` with the gradient of `k2`: never negative and unbiased, and its gradient is unbiased too."""
+    # k2 of a token of probability 0 is infinite, and its difference from itself NaN
+    d = jnp.clip(_difference(logp, ref_logp, mask), -1e4, 1e4)
+    gradient = d**2 / 2
+    return gradient - jax.lax.stop_gradient(gradient) + jax.lax.stop_gradient(k3(logp, ref_logp, mask))
+
+
+def k3_forward(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
+    """exp(d) - 1 - d: KL(ref || pi) from samples of *ref*, unbiased in value and gradient and never negative.
+
+    With the policy that sampled as ref it is the penalty of PPO's second objective (`ppo_penalty`). d is clipped to
+    [-20, 20] so that no token can overflow.
+    """
+    d = jnp.clip(_difference(logp, ref_logp, mask), -20.0, 20.0)
+    return jnp.expm1(d) - d
+
+
+def absolute(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
+    """|d|: how far the policies are apart on the sampled tokens. Not a KL; for monitoring."""
+    return jnp.abs(_difference(logp, ref_logp, mask))
+
+
+def full_kl(logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], mask: Array) -> Float[Array, "B T"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), exact: p and q are the softmax of logits and ref_logits.
+
+    The estimator of least variance, for `[B, T, V]` of both policies. Swap the arguments for KL(q || p). Neither side
+    is a constant: stop the gradient of the one that is frozen.
+
+    Args:
+      logits, ref_logits: `[B, T, V]`, of the distribution each token was drawn from.
+      mask: `[B, T]`, the tokens that count.
+    """
+    chex.assert_rank([logits, ref_logits], 3)
+    chex.assert_equal_shape([logits, ref_logits])
+    chex.assert_shape(mask, logits.shape[:2])
+    chosen = (mask != 0)[..., None]
+    logp, ref_logp = (jax.nn.log_softmax(jnp.where(chosen, x.astype(jnp.float32), 0.0)) for x in (logits, ref_logits))
+    # a symbol of probability 0 adds 0; inside the product it would be 0 * inf in value and gradient
+    possible = logp > -jnp.inf
+    logp, ref_logp = (jnp.where(possible, x, 0.0) for x in (logp, ref_logp))
+    return jnp.sum(jnp.where(possible, jnp.exp(logp) * (logp - ref_logp), 0.0), axis=-1)
 
 
 def _difference(logp: Array, ref_logp: Array, mask: Array) -> Array:

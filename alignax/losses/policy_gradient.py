@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float
 
+from alignax.losses.divergence import k3_forward
 from alignax.types import Array, Scalar
 
 
@@ -48,6 +49,28 @@ def ppo_clip(
     if dual_clip is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
     return loss
+
+
+def ppo_penalty(
+    logp: Float[Array, "B T"],
+    old_logp: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    mask: Array,
+    *,
+    kl_weight: Scalar = 1.0,
+) -> Float[Array, "B T"]:
+    """PPO's penalised surrogate: -r A + kl_weight * (r - 1 - log r), r = exp(logp - old_logp).
+
+    The second summand estimates KL(old || new) from samples of the old policy (`k3_forward`; add it to `ppo_clip` to
+    have both). See "Proximal Policy Optimization Algorithms", Schulman et al. (https://arxiv.org/abs/1707.06347),
+    eq. 8; `alignax.controllers.ppo_paper_kl` adapts the weight as the paper does.
+
+    Args:
+      logp, old_logp, advantages, mask: `[B, T]`, as for `ppo_clip`.
+      kl_weight: how strongly the old policy holds (paper: beta).
+    """
+    ratio, advantages = _ratio_and_advantages(logp, old_logp, advantages, mask)
+    return -ratio * advantages + kl_weight * k3_forward(logp, old_logp, mask)
 
 
 def _ratio_and_advantages(logp: Array, old_logp: Array, advantages: Array, mask: Array) -> tuple[Array, Array]:

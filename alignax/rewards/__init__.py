@@ -1,4 +1,4 @@
-"""Rewards with the signature `reward(prompts, completions, **columns) -> list[float]`."""
+"""Rewards with the signature `reward(prompts, completions, **columns) -> list[float]`, and from scores to tokens."""
 
 from alignax.rewards.evaluate import Reward as Reward
 from alignax.rewards.evaluate import evaluate as evaluate
@@ -6,3 +6,8 @@ from alignax.rewards.rules import distinct_words as distinct_words
 from alignax.rewards.rules import finished as finished
 from alignax.rewards.rules import last_number as last_number
 from alignax.rewards.rules import weighted as weighted
+from alignax.rewards.shaping import llama2_scores as llama2_scores
+from alignax.rewards.shaping import replace_missing_eos as replace_missing_eos
+from alignax.rewards.shaping import scale_missing_eos as scale_missing_eos
+from alignax.rewards.shaping import shaped_rewards as shaped_rewards
+from alignax.rewards.shaping import subtract_missing_eos as subtract_missing_eos
