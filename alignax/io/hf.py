@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alignax.io import families, tensors
-from alignax.models import RULES, TransformerConfig, transformer
+from alignax.io import families, score, tensors
+from alignax.models import RULES, TransformerConfig, transformer, with_score
 from alignax.sharding import Rules, shardings
 from alignax.types import Model, Params
 
@@ -65,11 +65,14 @@ def load(
     given. revision: branch, tag or commit on the hub. With both a single file and an index, the single file counts, as
     in transformers. A tied model may store lm_head.weight, if it equals the embedding.
 
+    A sequence-classification folder with one label gives `alignax.models.with_score` of its decoder, whose `values` is
+    not None: a reward model or critic.
+
     eos_ids come from generation_config.json, or else config.json, or else the tokenizer.
 
     Raises:
-      ValueError: naming file, key or tensor: an architecture or option that is not supported, tensors that are
-        missing, not expected, of a wrong shape or dtype, weights that are pickled or incomplete.
+      ValueError: naming file, key or tensor: an architecture or option that is not supported, more labels than one,
+        tensors that are missing, not expected, of a wrong shape or dtype, weights that are pickled or incomplete.
     """
     if rules is not None and mesh is None:
         raise ValueError("load: rules were given without a mesh")
@@ -78,10 +81,12 @@ def load(
     path = folder / "generation_config.json"
     generation = tensors.read_json(path) if path.is_file() else {}
     try:
-        config = families.read_config(source, generation, dtype=dtype, compute_dtype=compute_dtype, remat=remat)
+        scored = score.is_scored(source)
+        decoder = score.without_score(source) if scored else source
+        config = families.read_config(decoder, generation, dtype=dtype, compute_dtype=compute_dtype, remat=remat)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    model = transformer(config)
+    model = with_score(transformer(config)) if scored else transformer(config)
     params = _read_params(folder, model, mesh, RULES if rules is None else rules)
     tokenizer = _read_tokenizer(folder)
     return Loaded(model, params, tokenizer, _eos_ids(generation, source, tokenizer), source, generation)
@@ -103,9 +108,12 @@ def save(
     from `tokenizer`. eos_ids: what ends a generation, if not that. max_shard_bytes: larger models are written as
     several files with an index. The folder appears when it is complete; a failure leaves nothing behind.
 
+    A model with a scalar head becomes a sequence-classification folder. Where padding and EOS are the same token,
+    transformers scores a row before its final EOS, and `alignax.logprobs.last_score` after it.
+
     Raises:
       ValueError: before anything is written, when the folder exists and is not empty, or when the parameters are not
-        those of the model.
+        those of the model: also when a scalar head stands beside the head of a language model.
       TypeError: when the model is not the shipped transformer.
     """
     folder, config = Path(folder).resolve(), model.config
@@ -119,8 +127,10 @@ def save(
         raise ValueError(f"save: {folder} exists and is not an empty folder")
     leaves = _plan_params(model, params)
     ids = _special_ids(config, tokenizer, eos_ids)
-    dtype = next(leaf.dtype for leaf in leaves if leaf.path.startswith("embed"))
+    dtype = next(leaf.dtype for leaf in leaves if leaf.path.removeprefix("backbone/").startswith("embed"))
     written = families.write_config(config, dtype=dtype, ids=ids)
+    if model.values is not None:
+        written = score.with_score(written, getattr(tokenizer, "pad_token_id", None))
     generation = config.generation if isinstance(config, families.FolderConfig) else {}
     generation = {**(generation or ids), "eos_token_id": ids["eos_token_id"]}
     if eos_ids is not None:
@@ -155,15 +165,20 @@ def _find(folder_or_id: str | Path, revision: str | None) -> Path:
 
 def _read_params(folder: Path, model: Model, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    leaves = tensors.plan(shapes, families.tensor_names(model.config))
+    leaves = tensors.plan(shapes, _tensor_names(model))
     where = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh, rules))
     with tensors.open_folder(folder) as found:
         found = {name: tensor for name, tensor in found.items() if not _DERIVED.search(name)}
-        if model.config.tie_embeddings:
+        if model.config.tie_embeddings and model.values is None:
             _drop_equal_head(folder, found)
         tensors.check(folder, leaves, found)
         arrays = [tensors.read(leaf, found, sharding) for leaf, sharding in zip(leaves, where)]
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+def _tensor_names(model: Model) -> Mapping[str, str]:
+    names = families.tensor_names(model.config)
+    return names if model.values is None else score.tensor_names(names)
 
 
 def _drop_equal_head(folder: Path, found: dict[str, tensors.Tensor]) -> None:
@@ -217,12 +232,18 @@ def _special_ids(config: TransformerConfig, tokenizer: Any, eos_ids: Sequence[in
 
 
 def _plan_params(model: Model, params: Params) -> list[tensors.Leaf]:
-    names = families.tensor_names(model.config)
+    names = _tensor_names(model)
     expected = tensors.plan(jax.eval_shape(model.init, jax.random.key(0)), names)
     paths = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     }
+    if model.values is not None and "backbone/head/kernel" in paths:
+        raise ValueError(
+            "save: the backbone of params still has the head of its language model, and a sequence-classification "
+            "folder has no place for it; save the policy as save(folder, MODEL_WITHOUT_SCORE, params['backbone']), "
+            "and a critic without 'head' in params['backbone']"
+        )
     different = sorted(paths ^ {leaf.path for leaf in expected})
     if different:
         raise ValueError(f"save: params are not the model's; only one of the two has {', '.join(different[:8])}")

@@ -83,6 +83,17 @@ def check_case(goldens, out, case):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again.params, sharded.params)
 
 
+def check_score(goldens):
+    """Rules are found in the paths under "backbone"; the score itself is on every device."""
+    mesh = sharding.make_mesh(data=2, model=4)
+    loaded = hf.load(goldens.with_name("score") / "llama", mesh=mesh, rules=RULES)
+    values = load_file(goldens.with_name("score") / "llama/model.safetensors")
+    query, score = loaded.params["backbone"]["layers"]["attn"]["q"]["kernel"], loaded.params["score"]["kernel"]
+    assert query.sharding.spec == P(None, "data", "model") and score.sharding.spec == P()
+    np.testing.assert_array_equal(np.asarray(query), numpy_leaf("layers/attn/q/kernel", values))
+    np.testing.assert_array_equal(np.asarray(score), values["score.weight"].T)
+
+
 def check_reads_are_slices(goldens):
     """No shard's reading takes more of a tensor than the shard holds, and no part is read twice."""
     mesh = sharding.make_mesh(data=2, model=4)
@@ -99,6 +110,7 @@ def check_reads_are_slices(goldens):
 if __name__ == "__main__":
     assert jax.device_count() == 8
     check_reads_are_slices(pathlib.Path(sys.argv[1]))
+    check_score(pathlib.Path(sys.argv[1]))
     for case in ("qwen2_untied", "qwen3"):
         check_case(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), case)
         print(case)
