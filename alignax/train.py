@@ -149,6 +149,27 @@ def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
     return jax.tree.map(mix, average, params)
 
 
+def in_parts(fn: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """Makes `(params, rows) -> fn(params, rows)`, run on at most `size` rows at a time to save memory; jit it.
+
+    `fn` treats rows independently, rows of zeros included, and gives arrays that lead with B, as log-probabilities and
+    scores do.
+    """
+    if size < 1:
+        raise ValueError(f"in_parts: size={size}; expected at least 1")
+
+    def mapped(params: Params, rows: Any) -> Any:
+        count = jax.tree.leaves(rows)[0].shape[0]
+        parts = -(-count // size)
+        missing = -count % parts
+        if missing:
+            rows = jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rows)
+        found = jax.lax.map(lambda part: fn(params, part), _split(rows, parts))
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:count], found)
+
+    return mapped
+
+
 def _split(batch: Any, parts: int) -> Any:
     """Leaves [B, ...] as [parts, B / parts, ...]; strided, since a contiguous split of a sharded batch gathers it."""
 

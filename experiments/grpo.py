@@ -2,7 +2,7 @@
 
     python experiments/grpo.py --model FOLDER --data prompts.jsonl --reward my_rewards.py:reward --output runs/grpo
 
-A reward is a function `reward(prompts, completions, **columns) -> list[float]`: one of `REWARDS` below, or any in a
+A reward is a function `reward(prompts, completions, **columns) -> list[float]`: one of `rollouts.REWARDS`, or any in a
 file of your own. It gets the columns of the data (a column may be renamed: `--columns question=prompt`), and
 `truncated`, whether each completion was cut off. Results in the output folder: model/ (a Hugging Face folder),
 metrics.jsonl, TensorBoard scalars, curves.png, config.json.
@@ -10,27 +10,21 @@ metrics.jsonl, TensorBoard scalars, curves.png, config.json.
 
 import dataclasses
 import pathlib
-import runpy
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import rollouts
 import tyro
 
-from alignax import advantages, data, losses, models, reduce, rewards, sampling, sharding, train
+from alignax import advantages, data, losses, models, reduce, sharding, train
 from alignax.algorithms import grpo
-from alignax.data import text, truncation
 from alignax.io import hf
-from alignax.logprobs import token_logprobs
-from alignax.types import Params
+from alignax.types import LossFn, Model
 
-REWARDS = {"last_number": rewards.last_number}
-TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 ADVANTAGES = {"group_relative": advantages.group_relative, "group_centred": advantages.group_centred}
 KLS = {"none": None, "k2": losses.k2, "k3": losses.k3}
 SHOW = ("reward", "kl", "length", "held_out/reward")
@@ -111,32 +105,6 @@ class Config:
     """Of the data order and of sampling."""
 
 
-def find_reward(name: str) -> rewards.Reward:
-    """A reward by name, or the function FUNCTION of the user's FILE.py."""
-    if name in REWARDS:
-        return REWARDS[name]
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not pathlib.Path(path).is_file():
-        raise ValueError(
-            f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
-        )
-    found = runpy.run_path(path)
-    if not callable(found.get(function)):
-        raise ValueError(f"--reward {name}: {path} has no function {function!r}")
-    return found[function]
-
-
-def load_prompts(config: Config, tokenizer) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
-    """Prompts to train on and prompts held out; prints how many were left out, and why."""
-    source = data.read(config.data)
-    found, bad = data.parse(source, data.formats.prompts, columns=config.columns, drop=config.drop_bad_rows)
-    cut = TRUNCATIONS[config.truncate]
-    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=cut)
-    kept, unfit = data.collect(encode, found, drop=config.drop_bad_rows)
-    prompts, held_out = common.hold_out(config, kept, data.summary(kept, bad + unfit))
-    return prompts, held_out[: config.evaluate_prompts]
-
-
 def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after a rollout."""
     if config.group < 2:
@@ -147,94 +115,29 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
     common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 
-class Functions(NamedTuple):
-    """What is compiled, each once."""
-
-    sample: Callable  # (params, tokens, lengths, key) -> Samples, a group for each prompt
-    sample_one: Callable  # the same, one completion for each prompt
-    score: Callable  # (params, samples) -> log-probabilities [R, T] by the trainer's arithmetic
-    update: Callable  # (state, batch, frozen, hyper) -> state, metrics
-
-
-def compile_functions(config: Config, loaded: hf.Loaded, optimizer: optax.GradientTransformation) -> Functions:
-    """The sampler, the scorer and the update for one model."""
-    model = loaded.model
-    generate = partial(
-        sampling.generate,
-        model,
-        max_new_tokens=config.max_new_tokens,
-        eos_ids=loaded.eos_ids,
-        temperature=config.temperature,
-        top_p=config.top_p,
-    )
-
-    def score(params: Params, rows: sampling.Samples) -> jax.Array:
-        return token_logprobs(model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature)
-
+def make_loss(config: Config, model: Model) -> LossFn:
+    """The loss function that the configuration names."""
     means = {
         "sequence": reduce.sequence_mean,
         "token": reduce.token_mean,
         "constant": partial(reduce.constant_mean, constant=config.max_new_tokens),
     }
-    loss_fn = grpo.make_loss(model, kl=KLS[config.kl], mean=means[config.mean])
-    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches)
-    return Functions(
-        sample=jax.jit(partial(generate, group=config.group)),
-        sample_one=jax.jit(generate),
-        score=jax.jit(score),
-        update=jax.jit(update, donate_argnums=0),
-    )
+    return grpo.make_loss(model, kl=KLS[config.kl], mean=means[config.mean])
 
 
-def rollout_metrics(rows: sampling.Samples, scores: np.ndarray, counted: np.ndarray, group: int) -> dict[str, Any]:
-    """What a rollout was like, over the rows that count."""
-    spread = scores.reshape(-1, group).std(axis=1)[counted.reshape(-1, group)[:, 0]]
-    return {
-        "reward": scores[counted].mean(),
-        "reward/std": scores[counted].std(),
-        "frac_reward_zero_std": (spread == 0).mean(),
-        "length": rows.lengths[counted].mean(),
-        "truncated": rows.truncated[counted].mean(),
-    }
-
-
-def judge(
-    reward: rewards.Reward, loaded: hf.Loaded, asked: dict, samples: sampling.Samples, group: int
-) -> tuple[Sequence[str], np.ndarray]:
-    """The texts of samples and their rewards, each with the prompt and the columns of its row."""
-    completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
-    prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
-    rows = [row for row in asked["columns"] for _ in range(group)]
-    columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
-    columns["truncated"] = common.to_host(samples.truncated).tolist()
-    return completions, rewards.evaluate(reward, prompts, completions, columns)
-
-
-def evaluate(
-    config: Config, loaded: hf.Loaded, functions: Functions, reward: rewards.Reward, params: Params, asked: dict
-) -> tuple[dict[str, float], Sequence[str]]:
-    """One completion of each held-out prompt: mean reward, KL to the model as it was loaded (k1), and the texts."""
-    key = jax.random.key(config.seed + 1)  # the same every time, so that evaluations differ by the policy alone
-    rows = functions.sample_one(params, asked["tokens"], asked["lengths"], key)
-    difference = functions.score(params, rows) - functions.score(loaded.params, rows)
-    completions, scores = judge(reward, loaded, asked, rows, 1)
-    values = {
-        "reward": scores.mean(),
-        "kl": reduce.sequence_sum(difference, rows.mask).value(),
-        "length": rows.lengths.mean(),
-        "truncated": rows.truncated.mean(),
-    }
-    return {f"held_out/{name}": float(value) for name, value in values.items()}, completions
+def fraction_without_spread(scores: np.ndarray, counted: np.ndarray, group: int) -> float:
+    """The fraction of the groups whose rewards are all equal, and which teach nothing."""
+    return float((scores.reshape(-1, group).std(axis=1)[counted.reshape(-1, group)[:, 0]] == 0).mean())
 
 
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    reward = find_reward(config.reward)
+    summands = [rollouts.rule(config.reward, 1.0)]
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check_counts(config, mesh)
     loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    prompts, held_out = load_prompts(config, loaded.tokenizer)
+    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
     # one width for all prompts: it is part of the sampler's and the update's compiled shapes
     width = max(prompt.length for prompt in [*prompts, *held_out])
     batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
@@ -243,12 +146,14 @@ def main(config: Config) -> dict[str, float]:
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     reference, follow = loaded.params, jax.jit(train.ema)
-    functions = compile_functions(config, loaded, optimizer)
+    sampler = rollouts.make_sampler(config, loaded)
+    loss_fn = make_loss(config, loaded.model)
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     hyper = {name: getattr(config, name) for name in ("kl_weight", "temperature", "clip_low", "clip_high")}
     ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
-    check = partial(evaluate, config, loaded, functions, reward, asked=questions)
+    evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
 
-    result, completions = check(state.params)
+    result, completions = evaluate(state.params)
     common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
         run.log(0, result)
@@ -257,30 +162,32 @@ def main(config: Config) -> dict[str, float]:
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
             asked, _ = next(stream)
             placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
-            rows = functions.sample(state.params, *placed, sample_key)
-            _, scores = judge(reward, loaded, asked, rows, config.group)
+            rows = sampler.sample(state.params, *placed, sample_key)
+            verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
+            grouped = jnp.asarray(verdict.reward).reshape(-1, config.group)
             counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
             rollout = grpo.Batch(
                 rows.tokens,
                 rows.segments,
                 rows.mask,
-                advantages=ADVANTAGES[config.advantages](jnp.asarray(scores).reshape(-1, config.group)).reshape(-1),
+                advantages=ADVANTAGES[config.advantages](grouped).reshape(-1),
                 # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
-                old_logp=None if updates == 1 else functions.score(state.params, rows),
-                ref_logp=None if config.kl == "none" else functions.score(reference, rows),
+                old_logp=None if updates == 1 else sampler.logp(state.params, rows),
+                ref_logp=None if config.kl == "none" else sampler.logp(reference, rows),
                 weights=jnp.asarray(counted, jnp.float32),
             )
             parts = []
             for epoch in range(config.epochs):
                 for part in train.minibatches(jax.random.fold_in(order_key, epoch), rollout, config.minibatches):
-                    state, metrics = functions.update(state, sharding.shard_batch(part, mesh), None, hyper)
+                    state, metrics = update(state, sharding.shard_batch(part, mesh), None, hyper)
                     parts.append(metrics)
             metrics = {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]}
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= rollout_metrics(rows, scores, counted, config.group)
+            metrics |= rollouts.rollout_metrics(rows, verdict, counted)
+            metrics["frac_reward_zero_std"] = fraction_without_spread(verdict.reward, counted, config.group)
             if step % config.evaluate_every == 0 or step == config.steps:
-                result, completions = check(state.params)
+                result, completions = evaluate(state.params)
                 metrics |= result
             run.log(step, metrics)
     common.print_samples("after", questions["prompts"][:4], completions[:4])

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from problems import Result, assert_same, problems, three_updates, tiny
+from problems import Result, assert_same, problems, three_updates
 
 from alignax import models, sharding
 
-PROBLEMS = ("sft", "dpo", "grpo", "dapo")
+PROBLEMS = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 HOW = ("one", "data_8", "data_4_model_2", "pmap")
 
 
@@ -33,7 +33,7 @@ def on_mesh(**axes):
         if not compiled:
             compiled.append(jax.jit(update))
         state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
-        kernel = state.params["layers"]["attn"]["q"]["kernel"]
+        kernel = state.params.get("backbone", state.params)["layers"]["attn"]["q"]["kernel"]
         assert len(kernel.sharding.device_set) == 8
         if "model" in axes:
             assert kernel.sharding.spec == PartitionSpec(None, None, "model"), kernel.sharding
@@ -86,10 +86,10 @@ def results(tmp_path_factory):
     }
     done = subprocess.run([sys.executable, __file__, out], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    _, params = tiny()
     saved = np.load(out)
 
-    def read(prefix):
+    def read(name, how):
+        prefix, (_, params) = f"{name}/{how}", problems()[name].start()
         metrics = {}
         for key in saved.files:
             if key.startswith(f"{prefix}.metrics"):
@@ -101,7 +101,7 @@ def results(tmp_path_factory):
 
         return Result(tree("gradient"), tree("params"), metrics)
 
-    return {f"{name}/{how}": read(f"{name}/{how}") for name in PROBLEMS for how in HOW}
+    return {f"{name}/{how}": read(name, how) for name in PROBLEMS for how in HOW}
 
 
 @pytest.mark.parametrize("how", HOW[1:])

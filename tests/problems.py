@@ -11,17 +11,10 @@ import numpy as np
 import optax
 
 from alignax import models, reduce, train
-from alignax.algorithms import grpo, preference, sft
+from alignax.algorithms import grpo, ppo, preference, reward_model, sft
 from alignax.types import Model, Params
 
 ROWS, LENGTH, VOCAB = 16, 11, 32
-
-
-class Problem(NamedTuple):
-    make_loss: Callable  # (model) -> loss function
-    batch: Any  # numpy arrays
-    frozen: Any
-    hyper: dict
 
 
 @functools.cache
@@ -42,6 +35,21 @@ def tiny() -> tuple[Model, Params]:
     # The first norm divides by the size of an embedding, and its gradient with it: small ones would magnify rounding.
     params["embed"]["embedding"] *= 5
     return model, params
+
+
+@functools.cache
+def scored(*, shared: bool = False) -> tuple[Model, Params]:
+    """The tiny model with a scalar head: a reward model or critic, or (shared) a policy that is its own critic."""
+    model, params = tiny()
+    return models.with_score(model), models.add_score(model, params, jax.random.key(1), keep_head=shared)
+
+
+class Problem(NamedTuple):
+    make_loss: Callable  # (model) -> loss function
+    batch: Any  # numpy arrays
+    frozen: Any
+    hyper: dict
+    start: Callable = tiny  # () -> model, parameters
 
 
 def rows(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -69,7 +77,20 @@ def problems() -> dict[str, Problem]:
     noise = partial(rng.normal, size=(ROWS, LENGTH))
     old_logp, advantages = (-3.4 + 0.2 * noise()).astype(np.float32), rng.normal(size=ROWS).astype(np.float32)
     rollout = grpo.Batch(**one, advantages=advantages, old_logp=old_logp, weights=weights)
+    per_token = {name: noise().astype(np.float32) for name in ("old_values", "advantages", "returns")}
+    learned_from = ppo.Batch(**one, old_logp=old_logp, **per_token, weights=weights)
+    judged = {name: two[name] for name in ("tokens", "segments")} | {"weights": weights}
+    judged |= {name: rng.uniform(size=ROWS).astype(np.float32) for name in ("margin", "preference")}
+    ppo_hyper = {"clip_low": 0.3, "entropy_weight": 0.05, "temperature": 0.8}
     return {
+        "reward_model": Problem(
+            reward_model.make_loss, reward_model.Batch(**judged), None, {"centering_weight": 0.1}, scored
+        ),
+        "ppo": Problem(ppo.make_loss, learned_from, None, ppo_hyper),
+        "ppo_critic": Problem(ppo.make_value_loss, learned_from, None, {"clip": 0.5}, scored),
+        "ppo_shared": Problem(
+            ppo.make_shared_loss, learned_from, None, ppo_hyper | {"value_clip": 0.5}, partial(scored, shared=True)
+        ),
         "sft": Problem(sft.make_loss, sft.Batch(**one, weights=weights), None, {}),
         "dpo": Problem(preference.make_loss, preference.Batch(**two, weights=weights), frozen, {"beta": 0.3}),
         "grpo": Problem(grpo.make_loss, rollout, frozen, {"kl_weight": 0.1, "clip_low": 0.3, "temperature": 0.8}),
@@ -87,7 +108,7 @@ def three_updates(
     problem: Problem, *, run: Callable | None = None, batch: Any = None, microbatches: int = 1, axis_name=None
 ) -> Result:
     """Three SGD updates on one batch; `run(update, state, batch, frozen, hyper)` places the arrays and compiles."""
-    model, params = tiny()
+    model, params = problem.start()
     # an optimizer that keeps the gradient it was given: the difference of parameters would be too coarse
     keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p=None: (g, g))
     optimizer = optax.chain(keep, optax.sgd(0.1))

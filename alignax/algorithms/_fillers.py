@@ -2,6 +2,7 @@
 
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from alignax.types import Array
@@ -10,15 +11,18 @@ Batch = TypeVar("Batch")
 
 
 def blank(batch: Batch) -> Batch:
-    """The batch with its weightless rows all padding.
+    """The batch with its weightless rows all padding, and nothing said about them.
 
     A weight of 0 alone would not do: 0 times a NaN or an infinity in such a row is NaN, in the gradient of every row.
     """
     weights: Array | None = batch.weights  # pyright: ignore[reportAttributeAccessIssue]
     if weights is None:
         return batch
-    mask, segments = batch.mask, batch.segments  # pyright: ignore[reportAttributeAccessIssue]
-    counted = (weights != 0).reshape(-1, *[1] * (mask.ndim - 1))
-    return batch._replace(  # pyright: ignore[reportAttributeAccessIssue]
-        mask=(mask != 0) & counted, segments=jnp.where(counted, segments, 0)
-    )
+    filler = weights == 0
+
+    def without(array: Array) -> Array:
+        return jnp.where(filler.reshape(-1, *[1] * (array.ndim - 1)), jnp.zeros((), array.dtype), array)
+
+    names = ("mask", "segments", "margin", "preference")
+    parts = {name: array for name in names if (array := getattr(batch, name, None)) is not None}
+    return batch._replace(**jax.tree.map(without, parts))  # pyright: ignore[reportAttributeAccessIssue]

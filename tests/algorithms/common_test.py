@@ -9,7 +9,7 @@ from problems import LENGTH, ROWS, assert_same, on_one_device, problems, three_u
 
 from alignax import train
 
-NAMES = ("sft", "dpo", "grpo", "dapo")
+NAMES = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -57,12 +57,15 @@ def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, run
     batch = problem.batch
     garbage = {"tokens": np.where(batch.segments, batch.tokens, 7)}  # padding may hold any id
     garbage["tokens"][2] = 10_000  # the filler row, any content, ids outside the vocabulary too
-    for name in ("old_logp", "ref_logp"):
-        if getattr(batch, name, None) is not None:
+    for name in ("old_logp", "ref_logp", "old_values", "returns", "advantages"):
+        if np.ndim(getattr(batch, name, None)) == 2:
             garbage[name] = np.where(batch.mask, getattr(batch, name), np.nan)
             garbage[name][2] = np.nan
-    if getattr(batch, "advantages", None) is not None:
-        garbage["advantages"] = np.where(np.arange(ROWS) == 2, np.nan, batch.advantages)
+    for name in ("advantages", "margin", "preference"):
+        if np.ndim(getattr(batch, name, None)) == 1:
+            garbage[name] = np.where(np.arange(ROWS) == 2, np.nan, getattr(batch, name))
+    if hasattr(batch, "margin"):
+        garbage["segments"] = np.where((np.arange(ROWS) == 2)[:, None, None], 1, batch.segments)
     garbage = {name: value.astype(getattr(batch, name).dtype) for name, value in garbage.items()}
     assert_same(three_updates(problem, run=run, batch=batch._replace(**garbage)), expected)
 
@@ -83,7 +86,7 @@ def test_advantages_of_another_shape_are_refused():
 
 
 def test_nothing_recompiles_when_a_number_changes(problem):
-    model, params = tiny()
+    model, params = problem.start()
     traces = []
     loss_fn = problem.make_loss(model)
 
@@ -105,7 +108,7 @@ def test_nothing_recompiles_when_a_number_changes(problem):
 
 
 def test_one_row_too_many_is_refused(problem):
-    model, params = tiny()
+    model, params = problem.start()
     update = train.make_update(problem.make_loss(model), optax.sgd(0.1), microbatches=3)
     with pytest.raises(ValueError, match=r"batch\.tokens has 16 rows, which do not divide into microbatches=3"):
         update(train.TrainState.create(params, optax.sgd(0.1)), problem.batch, problem.frozen, problem.hyper)

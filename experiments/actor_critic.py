@@ -1,0 +1,117 @@
+"""The two ways for PPO to have a critic, behind one face: a network of its own, or a second head of the policy."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import common
+import jax
+import rollouts
+
+from alignax import losses, models, train
+from alignax.algorithms import ppo
+from alignax.io import hf
+from alignax.logprobs import last_score, token_values
+from alignax.types import Array, Model, Params
+
+States = dict[str, train.TrainState]
+
+
+class Learner(NamedTuple):
+    """Policy and critic: the states to begin with, and what is done with states."""
+
+    states: States
+    learn: Callable[..., tuple[States, dict[str, Array]]]  # (states, minibatch, critic_only=False) -> states, metrics
+    policy: Callable[[States], Params]
+    critic: Callable[[States], Params]  # what `values` and `last_values` take
+    values: Callable  # (critic, samples) -> values [R, T] of the states before each token
+    last_values: Callable  # (critic, samples) -> values [R] of the states after each row
+    critic_model: Model
+
+
+def separate(config: Any, policy: hf.Loaded, critic: Model, critic_params: Params, mesh: jax.sharding.Mesh) -> Learner:
+    """A critic that is a network of its own, with an optimizer and a learning rate of its own."""
+    optimizer = make_optimizer(config, config.learning_rate)
+    critic_optimizer = make_optimizer(config, config.critic_learning_rate)
+    update = compile_update(config, ppo.make_loss(policy.model), optimizer)
+    critic_loss = ppo.make_value_loss(critic, value_loss=value_loss(config))
+    update_critic = compile_update(config, critic_loss, critic_optimizer)
+    hyper, value_hyper = hyperparameters(config)
+    create = partial(common.create_state, mesh=mesh, rules=models.RULES, seed=config.seed)
+
+    def learn(states: States, part: ppo.Batch, critic_only: bool = False):
+        critic_state, found = update_critic(states["critic"], part, None, value_hyper)
+        metrics = {name if "value" in name else f"critic/{name}": value for name, value in found.items()}
+        state = states["policy"]
+        if not critic_only:
+            state, found = update(state, part, None, hyper)
+            metrics |= found
+        return {"policy": state, "critic": critic_state}, metrics
+
+    states = {"policy": create(policy.params, optimizer), "critic": create(critic_params, critic_optimizer)}
+    return Learner(
+        states, learn, lambda s: s["policy"].params, lambda s: s["critic"].params, *readers(config, critic), critic
+    )
+
+
+def shared(config: Any, policy: hf.Loaded, mesh: jax.sharding.Mesh) -> Learner:
+    """A policy that is its own critic: one body, one optimizer, one update for both."""
+    model = models.with_score(policy.model)
+    optimizer = make_optimizer(config, config.learning_rate)
+    loss_fn = ppo.make_shared_loss(model, value_loss=value_loss(config), value_weight=config.value_weight)
+    update = compile_update(config, loss_fn, optimizer)
+    hyper, value_hyper = hyperparameters(config)
+    hyper |= {f"value_{name}": value for name, value in value_hyper.items()}
+
+    def learn(states: States, part: ppo.Batch, critic_only: bool = False):
+        if critic_only:
+            raise ValueError("a shared critic cannot learn alone: its body is the policy's")
+        state, metrics = update(states["shared"], part, None, hyper)
+        return {"shared": state}, metrics
+
+    params = models.add_score(policy.model, policy.params, keep_head=True)
+    states = {"shared": common.create_state(params, optimizer, mesh, models.RULES, seed=config.seed)}
+    return Learner(
+        states,
+        learn,
+        lambda s: s["shared"].params["backbone"],
+        lambda s: s["shared"].params,
+        *readers(config, model),
+        model,
+    )
+
+
+def make_optimizer(config: Any, learning_rate: float) -> Any:
+    """AdamW over all updates of the run; its eps is the 1e-5 of PPO's practice."""
+    updates = config.steps * config.epochs * config.minibatches
+    schedule = {"steps": updates, "warmup": config.warmup, "schedule": config.schedule}
+    return common.make_optimizer(learning_rate, **schedule, max_grad_norm=config.max_grad_norm, eps=1e-5)
+
+
+def compile_update(config: Any, loss_fn: Callable, optimizer: Any) -> Callable:
+    """The update of one network; the state it is given is donated."""
+    return jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+
+
+def value_loss(config: Any) -> Callable[..., Array]:
+    """Clipped around the rollout's values, or not."""
+    return losses.value_clip if config.value_clip else partial(losses.value_clip, clip=None)
+
+
+def hyperparameters(config: Any) -> tuple[dict, dict]:
+    """What the policy's update and what the critic's is given to trace."""
+    policy = {name: getattr(config, name) for name in ("temperature", "clip_low", "clip_high", "entropy_weight")}
+    return policy, {"clip": config.value_clip} if config.value_clip else {}
+
+
+def readers(config: Any, critic: Model) -> tuple[Callable, Callable]:
+    """`values` and `last_values` of a `Learner`."""
+
+    def values(params, rows):
+        return token_values(critic, params, rows.tokens, rows.segments, mask=rows.mask)
+
+    def last_values(params, rows):
+        return last_score(critic, params, rows.tokens, rows.segments)
+
+    size = rollouts.rows_at_once(config)
+    return jax.jit(train.in_parts(values, size)), jax.jit(train.in_parts(last_values, size))

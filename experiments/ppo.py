@@ -1,0 +1,329 @@
+"""Proximal policy optimisation: a Hugging Face folder, a file of prompts and a reward in, the aligned folder out.
+
+    python experiments/ppo.py --model FOLDER --data prompts.jsonl --reward-model runs/reward/model --output runs/ppo
+
+The reward is a learned model (a folder of reward_model.py, or any ...ForSequenceClassification of one label with the
+policy's vocabulary), a rule as in grpo.py, or the sum of both with weights. The critic begins as the reward model, as
+the policy with a new scalar head, or is a second head of the policy. The reference is the model as it was loaded, or an
+average that follows the policy. Results in the output folder: model/ (a Hugging Face folder), critic/ (unless the
+policy is its own), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import actor_critic
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rollouts
+import tyro
+from actor_critic import Learner, States
+
+from alignax import controllers, data, losses, models, moments, reduce, rewards, sampling, sharding, train
+from alignax.algorithms import ppo
+from alignax.io import hf
+from alignax.types import Params
+
+KLS = {"k1": losses.k1, "k2": losses.k2, "k3": losses.k3}
+SHOW = ("reward", "objective/kl", "length", "held_out/reward")
+CURVES = ("reward", "held_out/reward", "held_out/kl", "objective/kl", "kl_coef", "length", "entropy", "clip_fraction")
+CURVES += ("approx_kl", "loss/value", "values/explained_variance", "truncated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Proximal policy optimisation."""
+
+    model: str
+    """Hugging Face folder, or id on the hub: the policy, and the first reference."""
+    data: str
+    """JSONL, JSON or Parquet file of prompts, a folder of these, or an id of the hub."""
+    output: pathlib.Path
+    """New folder for everything that comes out."""
+    reward_model: str = ""
+    """Folder of a reward model that reads the policy's tokens; empty for none."""
+    reward_model_weight: float = 1.0
+    """Its weight in the reward."""
+    reward: str = ""
+    """A rule: last_number (the answer's, as in GSM8K), or FILE.py:FUNCTION; empty for none."""
+    reward_weight: float = 1.0
+    """Its weight in the reward."""
+    critic: Literal["reward_model", "policy", "shared"] = "reward_model"
+    """What the critic begins as: the reward model, the policy with a new head; or it shares the policy's body."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Columns of the data to rename, old name and new name."""
+    steps: int = 100
+    """Rollouts."""
+    prompts: int = 64
+    """Prompts of a rollout."""
+    group: int = 1
+    """Completions of each prompt."""
+    epochs: int = 4
+    """Passes over a rollout, each with a new permutation."""
+    minibatches: int = 1
+    """Updates of one pass."""
+    microbatches: int = 1
+    """Parts into which an update is split to save memory; the result is the same."""
+    max_prompt_tokens: int = 256
+    """Most tokens of a prompt."""
+    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
+    drop_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
+    max_new_tokens: int = 128
+    """Most tokens of a completion."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities trained on."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this probability."""
+    missing_eos_penalty: float = 1.0
+    """Taken off the score of a completion that was cut off."""
+    bootstrap: bool = False
+    """Count what the critic expects after a completion that was cut off; needs missing_eos_penalty 0."""
+    reward_scaling: Literal["none", "start", "running"] = "none"
+    """Scores as they are; shifted and scaled so that the first rollout has mean 0 and deviation 1; or divided by their
+    running deviation."""
+    reward_clip: float = 0.0
+    """Largest size of a score after that; 0 for any."""
+    kl: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of KL(policy || reference) in the reward; k1 is the unbiased one."""
+    kl_coef: float = 0.05
+    """Its weight, or the first one."""
+    kl_target: float = 0.0
+    """Adapt the weight towards this KL, in nats per completion; 0 keeps it."""
+    kl_horizon: int = 10_000
+    """Completions over which it adapts."""
+    ema_rate: float = 0.0
+    """How far the reference follows the policy after each rollout; 0 keeps it fixed."""
+    gamma: float = 1.0
+    """Discount."""
+    lambda_: float = 0.95
+    """Of generalised advantage estimation."""
+    whiten_advantages: bool = True
+    """Normalise the advantages over all tokens of a rollout."""
+    value_normalisation: bool = False
+    """The critic predicts returns in units of their running mean and deviation."""
+    clip_low: float = 0.2
+    """How far below 1 a ratio counts."""
+    clip_high: float = 0.2
+    """How far above 1 a ratio counts."""
+    value_clip: float = 0.2
+    """How far a value may move from the rollout's and still count; 0 does not clip."""
+    value_weight: float = 0.1
+    """Of the value loss where critic is shared."""
+    entropy_weight: float = 0.0
+    """Of the entropy bonus."""
+    target_kl: float = 0.0
+    """End the passes over a rollout once the KL between old and new policy, per token, is above 1.5 times this; 0 does
+    not look."""
+    critic_warmup: int = 0
+    """First rollouts from which only the critic learns."""
+    held_out: float = 0.1
+    """Fraction of the prompts that is evaluated on and never trained on."""
+    evaluate_every: int = 25
+    """Rollouts between two evaluations."""
+    evaluate_prompts: int = 64
+    """Most held-out prompts of an evaluation, one completion of each."""
+    learning_rate: float = 1e-6
+    """Peak learning rate of the policy's AdamW."""
+    critic_learning_rate: float = 1e-5
+    """The same of the critic's."""
+    warmup: int = 5
+    """Updates over which the learning rates rise."""
+    schedule: common.Schedule = "constant"
+    """How they fall afterwards."""
+    max_grad_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 clips nothing."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    model_axis: int = 1
+    """Devices over which each layer is split; the others take different rows."""
+    seed: int = 0
+    """Of new heads, the data order and sampling."""
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses at once what would fail after a rollout, or quietly do something else."""
+    if not config.reward_model and not config.reward:
+        raise ValueError("no reward: give --reward-model FOLDER, --reward RULE, or both")
+    if config.critic == "reward_model" and not config.reward_model:
+        raise ValueError("--critic reward_model needs --reward-model; without one choose policy or shared")
+    if config.bootstrap and config.missing_eos_penalty:
+        raise ValueError(
+            f"bootstrap=True with missing_eos_penalty={config.missing_eos_penalty}: a completion that was cut off "
+            "either goes on or is punished; set the penalty to 0"
+        )
+    if config.critic == "shared" and config.critic_warmup:
+        raise ValueError("--critic shared has no critic_warmup: its body is the policy's; choose policy")
+    for name in ("group", "epochs", "minibatches"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
+    for name in ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")
+    common.check(config, mesh, rows=config.prompts, parts=1)
+    common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
+
+
+def make_learner(config: Config, loaded: hf.Loaded, reward: hf.Loaded | None, mesh: jax.sharding.Mesh) -> Learner:
+    """Policy and critic, the critic as the configuration wants it to begin."""
+    if config.critic == "shared":
+        return actor_critic.shared(config, loaded, mesh)
+    if config.critic == "reward_model" and reward is not None:
+        return actor_critic.separate(config, loaded, reward.model, reward.params, mesh)
+    params = models.add_score(loaded.model, loaded.params, jax.random.key(config.seed))
+    return actor_critic.separate(config, loaded, models.with_score(loaded.model), params, mesh)
+
+
+def make_scale(config: Config) -> Callable[..., tuple[jax.Array, moments.Moments]]:
+    """Makes `scale(seen, scores, finished, weights) -> (scores, seen)`: what is done to scores before shaping."""
+
+    def scale(seen, scores, finished, weights):
+        scores = rewards.subtract_missing_eos(scores, finished, penalty=config.missing_eos_penalty)
+        first = seen.count == 0
+        met = moments.update_moments(seen, scores, weights)
+        if config.reward_scaling == "start":
+            met = jax.tree.map(lambda new, old: jnp.where(first, new, old), met, seen)
+            scores = (scores - met.mean) / jnp.maximum(met.std(), 1e-4)
+        if config.reward_scaling == "running":
+            scores = scores / jnp.maximum(met.std(), 1e-4)
+        if config.reward_clip:
+            scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
+        return scores, met
+
+    return jax.jit(scale)
+
+
+class Kept(NamedTuple):
+    """What PPO keeps between rollouts beside its networks."""
+
+    reference: Params
+    kl_coef: jax.Array
+    scores: moments.Moments
+    values: moments.ValueNorm
+
+
+def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) -> Callable[..., tuple]:
+    """Makes `collect(states, kept, rows, scores, weights) -> (batch, metrics, kept)`: a judged rollout as a batch."""
+    scale, options = make_scale(config), {"kl": KLS[config.kl], "gamma": config.gamma, "lambda_": config.lambda_}
+    options["normalise"] = reduce.whiten if config.whiten_advantages else None
+    experience = jax.jit(partial(ppo.experience, **options))
+
+    def collect(states, kept: Kept, rows: sampling.Samples, scores, weights):
+        scores, seen = scale(kept.scores, scores, ~rows.truncated, weights)
+        # by the trainer's arithmetic, not the sampler's: the ratio of the first update is 1
+        logp, ref_logp = sampler.logp(learner.policy(states), rows), sampler.logp(kept.reference, rows)
+        critic = learner.critic(states)
+        raw = values = learner.values(critic, rows)
+        after = jnp.where(rows.truncated, learner.last_values(critic, rows), 0.0) if config.bootstrap else None
+        norm = kept.values
+        if config.value_normalisation:
+            values = moments.denormalise(norm, raw)
+            after = None if after is None else jnp.where(rows.truncated, moments.denormalise(norm, after), 0.0)
+        batch, metrics = experience(
+            rows,
+            scores,
+            logp=logp,
+            ref_logp=ref_logp,
+            values=values,
+            bootstrap=after,
+            kl_coef=kept.kl_coef,
+            weights=weights,
+        )
+        if config.value_normalisation:
+            norm = moments.value_norm_update(norm, batch.returns, batch.mask)
+            batch = batch._replace(old_values=raw, returns=moments.normalise(norm, batch.returns))
+        return batch, metrics | {"kl_coef": kept.kl_coef}, kept._replace(scores=seen, values=norm)
+
+    return collect
+
+
+def learn_from(
+    config: Config, learner: Learner, states: States, batch: ppo.Batch, key: jax.Array, mesh, *, critic_only: bool
+) -> tuple[States, dict[str, jax.Array]]:
+    """Several passes over a rollout, each in a new order; ends early once the policy has moved too far."""
+    parts = []
+    for epoch in range(config.epochs):
+        for part in train.minibatches(jax.random.fold_in(key, epoch), batch, config.minibatches):
+            states, metrics = learner.learn(states, sharding.shard_batch(part, mesh), critic_only)
+            parts.append(metrics)
+            if config.target_kl and not critic_only and float(metrics["approx_kl"]) > 1.5 * config.target_kl:
+                return states, mean_of(parts)
+    return states, mean_of(parts)
+
+
+def mean_of(parts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The mean of each metric over a rollout's updates, and how many there were."""
+    return {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]} | {"updates": len(parts)}
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    check(config, mesh)
+    options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
+    loaded, reward, summands = hf.load(config.model, **options), None, []
+    if config.reward_model:
+        size = rollouts.rows_at_once(config)
+        found = rollouts.learned(
+            config.reward_model, config.reward_model_weight, loaded.tokenizer, size=size, **options
+        )
+        reward, summands = found[0], [found[1]]
+    if config.reward:
+        summands.append(rollouts.rule(config.reward, config.reward_weight))
+    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
+    # one width for all prompts: it is part of the sampler's and the updates' compiled shapes
+    width = max(prompt.length for prompt in [*prompts, *held_out])
+    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
+    sampler, learner = rollouts.make_sampler(config, loaded), make_learner(config, loaded, reward, mesh)
+    collect, follow = make_collect(config, sampler, learner), jax.jit(train.ema)
+    kept = Kept(loaded.params, jnp.float32(config.kl_coef), moments.Moments.init(), moments.ValueNorm.init())
+    states, key = learner.states, jax.random.key(config.seed)
+    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
+
+    result, completions = evaluate(learner.policy(states))
+    common.print_samples("before", questions["prompts"][:4], completions[:4])
+    with run:
+        run.log(0, result)
+        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        for step in range(1, config.steps + 1):
+            sample_key, order_key = jax.random.split(jax.random.fold_in(key, step))
+            asked, _ = next(stream)
+            placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
+            rows = sampler.sample(learner.policy(states), *placed, sample_key)
+            verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
+            weights = jnp.repeat(jnp.asarray(asked["weights"]), config.group)  # 0 where rows fill an epoch's last batch
+            batch, said, kept = collect(states, kept, rows, jnp.asarray(verdict.reward), weights)
+            only = step <= config.critic_warmup
+            states, metrics = learn_from(config, learner, states, batch, order_key, mesh, critic_only=only)
+            metrics |= said | rollouts.rollout_metrics(rows, verdict, np.asarray(weights) > 0)
+            if config.kl_target:
+                count, kl = jnp.sum(weights), said["objective/kl"]
+                new = controllers.adaptive_kl(
+                    kept.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, count=count
+                )
+                kept = kept._replace(kl_coef=new)
+            if config.ema_rate and not only:
+                kept = kept._replace(reference=follow(kept.reference, learner.policy(states), rate=config.ema_rate))
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result, completions = evaluate(learner.policy(states))
+                metrics |= result
+            run.log(step, metrics)
+    common.print_samples("after", questions["prompts"][:4], completions[:4])
+    hf.save(config.output / "model", loaded.model, learner.policy(states), loaded.tokenizer)
+    if config.critic != "shared":
+        hf.save(config.output / "critic", learner.critic_model, learner.critic(states), loaded.tokenizer)
+    before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
+    print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,180 @@
+"""Prompts in, judged samples out: what the scripts that learn from their own samples share.
+
+A `Config` here is any script's that has the fields read below. A reward is a rule, a function `reward(prompts,
+completions, **columns) -> list[float]`, or a learned model, which reads the tokens of the row.
+"""
+
+import pathlib
+import runpy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import common
+import jax
+import numpy as np
+
+from alignax import data, reduce, rewards, sampling, train
+from alignax.data import text, truncation
+from alignax.io import hf
+from alignax.logprobs import last_score, token_logprobs
+from alignax.types import Params
+
+REWARDS = {"last_number": rewards.last_number}
+TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+
+
+def find_reward(name: str) -> rewards.Reward:
+    """A reward by name, or the function FUNCTION of the user's FILE.py."""
+    if name in REWARDS:
+        return REWARDS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not pathlib.Path(path).is_file():
+        raise ValueError(
+            f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
+        )
+    found = runpy.run_path(path)
+    if not callable(found.get(function)):
+        raise ValueError(f"--reward {name}: {path} has no function {function!r}")
+    return found[function]
+
+
+def load_prompts(config: Any, tokenizer: Any) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
+    """Prompts to train on and prompts held out; prints how many were left out, and why."""
+    source = data.read(config.data)
+    found, bad = data.parse(source, data.formats.prompts, columns=config.columns, drop=config.drop_bad_rows)
+    cut = TRUNCATIONS[config.truncate]
+    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=cut)
+    kept, unfit = data.collect(encode, found, drop=config.drop_bad_rows)
+    prompts, held_out = common.hold_out(config, kept, data.summary(kept, bad + unfit))
+    return prompts, held_out[: config.evaluate_prompts]
+
+
+class Part(NamedTuple):
+    """One summand of the reward. score: `(prompts, completions, samples, columns) -> [R]`, checked."""
+
+    name: str
+    weight: float
+    score: Callable[..., np.ndarray]
+
+
+def rule(name: str, weight: float) -> Part:
+    """A rule by name, see `find_reward`."""
+    reward = find_reward(name)
+
+    def score(prompts, completions, samples, columns):
+        del samples
+        return rewards.evaluate(reward, prompts, completions, columns)
+
+    return Part("rule", weight, score)
+
+
+def learned(folder: str, weight: float, tokenizer: Any, *, size: int, **options: Any) -> tuple[hf.Loaded, Part]:
+    """A reward model's folder, and its score of the rows as they were sampled, `size` of them at a time.
+
+    `options` are those of `hf.load`.
+
+    Raises:
+      ValueError: for a folder without a scalar head, or with another vocabulary than `tokenizer`'s.
+    """
+    loaded = hf.load(folder, **options)
+    if loaded.model.values is None:
+        raise ValueError(f"{folder}: a language model; expected a reward model, a ...ForSequenceClassification folder")
+    try:
+        data.same_vocabulary(tokenizer, loaded.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{folder}: the reward model reads the policy's tokens, but {error}") from None
+    last = jax.jit(train.in_parts(lambda params, rows: last_score(loaded.model, params, *rows), size))
+
+    def score(prompts, completions, samples, columns):
+        del columns
+        found = common.to_host(last(loaded.params, (samples.tokens, samples.segments))).tolist()
+
+        def reward_model(prompts, completions):
+            return found
+
+        return rewards.evaluate(reward_model, prompts, completions)
+
+    return loaded, Part("model", weight, score)
+
+
+class Verdict(NamedTuple):
+    """What is said about R samples. reward: the weighted sum; parts: its summands by name, unweighted."""
+
+    completions: Sequence[str]
+    reward: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+def judge(
+    summands: Sequence[Part], loaded: hf.Loaded, asked: dict, samples: sampling.Samples, group: int = 1
+) -> Verdict:
+    """The texts of samples and their rewards, each with the prompt and the columns of its row."""
+    completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
+    prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
+    rows = [row for row in asked["columns"] for _ in range(group)]
+    columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
+    columns["truncated"] = common.to_host(samples.truncated).tolist()
+    parts = {part.name: part.score(prompts, completions, samples, columns) for part in summands}
+    total = sum(part.weight * parts[part.name] for part in summands)
+    return Verdict(completions, np.asarray(total, np.float32), parts)
+
+
+def rows_at_once(config: Any) -> int:
+    """The rows that go through a model together: those of a micro-batch."""
+    return config.prompts * config.group // (config.minibatches * config.microbatches)
+
+
+class Sampler(NamedTuple):
+    """What is compiled around sampling, each once."""
+
+    sample: Callable  # (params, tokens, lengths, key) -> Samples, a group for each prompt
+    sample_one: Callable  # the same, one completion for each prompt
+    logp: Callable  # (params, samples) -> log-probabilities [R, T] by the trainer's arithmetic
+
+
+def make_sampler(config: Any, loaded: hf.Loaded) -> Sampler:
+    """The sampler of one model, and the scorer of what it samples, on as many rows at once as an update takes."""
+    model = loaded.model
+    settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    generate = partial(sampling.generate, model, eos_ids=loaded.eos_ids, **settings)
+
+    def logp(params: Params, rows: sampling.Samples) -> jax.Array:
+        return token_logprobs(model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature)
+
+    return Sampler(
+        sample=jax.jit(partial(generate, group=config.group)),
+        sample_one=jax.jit(generate),
+        logp=jax.jit(train.in_parts(logp, rows_at_once(config))),
+    )
+
+
+def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
+    """What a rollout was like, over the rows that count."""
+    scores = {"reward": verdict.reward}
+    if len(verdict.parts) > 1:
+        scores |= {f"reward/{name}": x for name, x in verdict.parts.items()}
+    metrics = {name: x[counted].mean() for name, x in scores.items()}
+    metrics["reward/std"] = verdict.reward[counted].std()
+    return metrics | {"length": rows.lengths[counted].mean(), "truncated": rows.truncated[counted].mean()}
+
+
+def make_evaluate(
+    config: Any, loaded: hf.Loaded, sampler: Sampler, summands: Sequence[Part], asked: dict
+) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
+    """Makes `evaluate(params) -> (metrics, completions)`: one completion of each held-out prompt.
+
+    The metrics are the mean reward and its parts, KL to the model as it was loaded (k1, nats per completion), length
+    and the fraction cut off. The key is the same every time, so that evaluations differ by the policy alone.
+    """
+    key = jax.random.key(config.seed + 1)
+
+    def evaluate(params: Params) -> tuple[dict[str, float], Sequence[str]]:
+        rows = sampler.sample_one(params, asked["tokens"], asked["lengths"], key)
+        difference = sampler.logp(params, rows) - sampler.logp(loaded.params, rows)
+        verdict = judge(summands, loaded, asked, rows)
+        values = rollout_metrics(rows, verdict, np.ones(len(verdict.reward), bool))
+        values["kl"] = reduce.sequence_sum(difference, rows.mask).value()
+        return {f"held_out/{name}": float(value) for name, value in values.items()}, verdict.completions
+
+    return evaluate
