@@ -32,18 +32,34 @@ def tokenwise(loss, *names):
     return lambda x, **hyper: loss(*(x[name] for name in names), x["mask"], **hyper)
 
 
+def scorewise(loss, *keywords):
+    """A loss over pairs of scores as a function of a dict of arrays, of which some go in by keyword."""
+    return lambda x, **hyper: loss(x["chosen"], x["rejected"], **{name: x[name] for name in keywords}, **hyper)
+
+
+def full_kl(x):
+    """The exact KL over a vocabulary of three, of which the logit of one is free."""
+    p, q = (jnp.stack([x[name], jnp.zeros_like(x[name]), jnp.full_like(x[name], 0.5)], -1) for name in LOGITS)
+    return losses.full_kl(p, q, x["mask"])
+
+
 class Row(NamedTuple):
     call: Callable
     reference: Callable
     arrays: tuple[str, ...]  # "mask" arrays are made beside them
     hyper: dict  # values other than the defaults, swept under one compilation
     differentiable: tuple[str, ...] = ("logp",)
+    tokens: bool = True  # arrays are [B, T] under a mask; else [B]
+    gradient_of: Callable | None = None  # the reference whose gradient is wanted, where it is another one
 
 
 PAIR = ("chosen_logp", "chosen_ref_logp", "rejected_logp", "rejected_ref_logp")
 PAIR_GRAD = ("chosen_logp", "rejected_logp")
 KL = ("logp", "ref_logp")
 POLICY = ("logp", "old_logp", "advantages")
+VALUE = ("values", "old_values", "returns")
+LOGITS = ("logits", "ref_logits")
+SCORES = ("chosen", "rejected")
 LOSSES = {
     "cross_entropy": Row(tokenwise(losses.cross_entropy, "logp"), references.cross_entropy, ("logp",), {}),
     "dpo": Row(pairwise(losses.dpo), references.dpo, PAIR, {"beta": 0.5}, differentiable=PAIR_GRAD),
@@ -57,20 +73,57 @@ LOSSES = {
     "k1": Row(tokenwise(losses.k1, *KL), references.k1, KL, {}),
     "k2": Row(tokenwise(losses.k2, *KL), references.k2, KL, {}),
     "k3": Row(tokenwise(losses.k3, *KL), references.k3, KL, {}),
+    "k3_straight_through": Row(
+        tokenwise(losses.k3_straight_through, *KL), references.k3, KL, {}, gradient_of=references.k2
+    ),
+    "k3_forward": Row(tokenwise(losses.k3_forward, *KL), references.k3_forward, KL, {}),
+    "absolute": Row(tokenwise(losses.absolute, *KL), references.absolute, KL, {}),
+    "full_kl": Row(full_kl, references.full_kl, LOGITS, {}, differentiable=LOGITS),
     "ppo_clip": Row(tokenwise(losses.ppo_clip, *POLICY), references.ppo_clip, POLICY, {"clip_low": 0.1}),
     "ppo_clip_higher": Row(
         tokenwise(losses.ppo_clip, *POLICY), references.ppo_clip, POLICY, {"clip_low": 0.15, "clip_high": 0.28}
     ),
     "ppo_dual_clip": Row(tokenwise(losses.ppo_clip, *POLICY), references.ppo_clip, POLICY, {"dual_clip": 1.5}),
+    "ppo_penalty": Row(tokenwise(losses.ppo_penalty, *POLICY), references.ppo_penalty, POLICY, {"kl_weight": 0.3}),
+    "value_clip": Row(
+        tokenwise(losses.value_clip, *VALUE), references.value_clip, VALUE, {"clip": 0.5}, differentiable=("values",)
+    ),
+    "bradley_terry": Row(
+        scorewise(losses.bradley_terry),
+        references.bradley_terry,
+        SCORES,
+        {"margin": 0.5, "preference": 0.8},
+        differentiable=SCORES,
+        tokens=False,
+    ),
+    "bradley_terry_arrays": Row(
+        scorewise(losses.bradley_terry, "margin", "preference"),
+        references.bradley_terry,
+        (*SCORES, "margin", "preference"),
+        {},
+        differentiable=(*SCORES, "margin", "preference"),
+        tokens=False,
+    ),
+    "reward_centering": Row(
+        scorewise(losses.reward_centering),
+        references.reward_centering,
+        SCORES,
+        {},
+        differentiable=SCORES,
+        tokens=False,
+    ),
 }
 each = pytest.mark.parametrize("row", LOSSES.values(), ids=LOSSES.keys())
+TOKENS = {name: row for name, row in LOSSES.items() if row.tokens}
+each_over_tokens = pytest.mark.parametrize("row", TOKENS.values(), ids=TOKENS.keys())
 
 
 def make(row: Row, seed=0, scale=1.0, rows=ROWS, length=LENGTH):
     """Random inputs; the second row's masks are empty and masks have holes."""
     rng = np.random.default_rng(seed)
-    x = {name: (scale * rng.normal(size=(rows, length)) - 2).astype(np.float32) for name in row.arrays}
-    for name in ("mask", "chosen_mask", "rejected_mask"):
+    shape = (rows, length) if row.tokens else (rows,)
+    x = {name: (scale * rng.normal(size=shape) - 2).astype(np.float32) for name in row.arrays}
+    for name in ("mask", "chosen_mask", "rejected_mask") if row.tokens else ():
         mask = rng.random((rows, length)) < 0.6
         mask[1] = False
         x[name] = mask
@@ -112,18 +165,19 @@ def test_gradient_equals_finite_differences_of_the_loop(row):
     x64 = {name: value.astype(np.float64) if value.dtype == np.float32 else value for name, value in x.items()}
     grads = jax.grad(lambda x: jnp.sum(row.call(x, **row.hyper)), allow_int=True)(device(x))
     step = 1e-5
+    reference = row.gradient_of or row.reference
     for name in row.arrays:
-        expected = np.zeros((ROWS, LENGTH))
-        for index in np.ndindex(ROWS, LENGTH) if name in row.differentiable else ():
+        expected = np.zeros(x[name].shape)
+        for index in np.ndindex(x[name].shape) if name in row.differentiable else ():
             up, down = ({**x64, name: x64[name].copy()} for _ in range(2))
             up[name][index] += step
             down[name][index] -= step
-            difference = row.reference(up, **row.hyper).sum() - row.reference(down, **row.hyper).sum()
+            difference = reference(up, **row.hyper).sum() - reference(down, **row.hyper).sum()
             expected[index] = difference / (2 * step)
         np.testing.assert_allclose(grads[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@each
+@each_over_tokens
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
 def test_masked_entries_reach_neither_value_nor_gradient(row, garbage):
     x = make(row)
@@ -140,13 +194,19 @@ def test_masked_entries_reach_neither_value_nor_gradient(row, garbage):
         np.testing.assert_array_equal(grad[name], clean_grad[name])
 
 
-@each
-def test_padding_and_permutation(row):
+@each_over_tokens
+def test_padding(row):
     x = make(row)
     expected = np.asarray(row.call(device(x), **row.hyper))
     longer = {name: np.pad(value, ((0, 0), (0, 3))) for name, value in x.items()}
     padded = np.asarray(row.call(device(longer), **row.hyper))
     np.testing.assert_array_equal(padded if padded.ndim == 1 else padded[:, :LENGTH], expected)
+
+
+@each
+def test_permutation(row):
+    x = make(row)
+    expected = np.asarray(row.call(device(x), **row.hyper))
     order = np.array([2, 0, 3, 1])
     permuted = row.call(device({name: value[order] for name, value in x.items()}), **row.hyper)
     np.testing.assert_array_equal(permuted, expected[order])
@@ -162,7 +222,7 @@ def test_finite_at_extremes(row, scale):
         assert jnp.all(jnp.isfinite(grad[name])), name
 
 
-@each
+@each_over_tokens
 def test_a_token_of_probability_zero_gives_no_nan(row):
     x = device(make(row))
     for name in row.differentiable:
@@ -188,7 +248,7 @@ def test_bfloat16_in_float32_out(row):
 @each
 def test_bad_shapes_are_refused(row):
     x = device(make(row))
-    short = {**x, row.arrays[0]: x[row.arrays[0]][:, :-1]}
+    short = {**x, row.arrays[0]: x[row.arrays[0]][..., :-1]}
     with pytest.raises(Exception, match=r"shape|Shape|type"):
         row.call(short)
     flat = {**x, row.arrays[0]: x[row.arrays[0]][0]}

@@ -62,6 +62,49 @@ def ppo_clip(x, clip_low=0.2, clip_high=0.2, dual_clip=None):
     return out
 
 
+def ppo_penalty(x, kl_weight=1.0):
+    out = np.zeros(x["mask"].shape)
+    for b in range(len(out)):
+        for t in _tokens(x["mask"], b):
+            log_ratio = min(max(x["logp"][b, t] - x["old_logp"][b, t], -20), 20)
+            ratio = math.exp(log_ratio)
+            out[b, t] = -ratio * x["advantages"][b, t] + kl_weight * (ratio - 1 - log_ratio)
+    return out
+
+
+def value_clip(x, clip=0.2):
+    out = np.zeros(x["mask"].shape)
+    for b in range(len(out)):
+        for t in _tokens(x["mask"], b):
+            value, old, target = (x[name][b, t] for name in ("values", "old_values", "returns"))
+            near = min(max(value, old - clip), old + clip)
+            out[b, t] = max((value - target) ** 2, (near - target) ** 2) / 2
+    return out
+
+
+def bradley_terry(x, margin=None, preference=None):
+    out = []
+    for b in range(len(x["chosen"])):
+        m = x["margin"][b] if "margin" in x else margin or 0.0
+        p = x["preference"][b] if "preference" in x else 1.0 if preference is None else preference
+        d = x["chosen"][b] - x["rejected"][b] - m
+        out.append(p * _softplus(-d) + (1 - p) * _softplus(d))
+    return np.array(out)
+
+
+def reward_centering(x):
+    return np.array([(chosen + rejected) ** 2 for chosen, rejected in zip(x["chosen"], x["rejected"], strict=True)])
+
+
+def full_kl(x):
+    out = np.zeros(x["mask"].shape)
+    for b in range(len(out)):
+        for t in _tokens(x["mask"], b):
+            p, q = ([math.exp(logit) for logit in (x[name][b, t], 0.0, 0.5)] for name in ("logits", "ref_logits"))
+            out[b, t] = sum(a / sum(p) * math.log(a / sum(p) / (c / sum(q))) for a, c in zip(p, q, strict=True))
+    return out
+
+
 def _divergence(x, of_difference):
     out = np.zeros(x["mask"].shape)
     for b in range(len(out)):
@@ -80,3 +123,11 @@ def k2(x):
 
 def k3(x):
     return _divergence(x, lambda d: math.exp(-min(max(d, -20), 20)) - 1 + min(max(d, -20), 20))
+
+
+def k3_forward(x):
+    return _divergence(x, lambda d: math.exp(min(max(d, -20), 20)) - 1 - min(max(d, -20), 20))
+
+
+def absolute(x):
+    return _divergence(x, abs)

@@ -1,0 +1,81 @@
+"""What the KL estimators are for: their values and gradients in expectation, over a vocabulary small enough to sum."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignax import losses
+
+SYMBOLS = 4
+
+
+def policies(seed):
+    logits, ref_logits = np.random.default_rng(seed).normal(size=(2, SYMBOLS))
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (logits, ref_logits))
+    return jnp.asarray(logits, jnp.float32), p, q
+
+
+def kl(p, q):
+    return np.sum(p * np.log(p / q))
+
+
+def gradient_of_kl(p, q):
+    """With respect to the logits of p: p_v (log p_v / q_v - KL)."""
+    return p * (np.log(p / q) - kl(p, q))
+
+
+def expectation(estimate, logits, weights, q):
+    """The mean of an estimate over symbols drawn with these weights, and its gradient by the policy's logits."""
+    weights, ref_logp, mask = jnp.asarray(weights, jnp.float32), jnp.log(jnp.asarray(q, jnp.float32)), jnp.ones((1, 4))
+
+    def mean(logits):
+        return jnp.sum(weights[None] * estimate(jax.nn.log_softmax(logits)[None], ref_logp[None], mask))
+
+    return jax.jit(jax.value_and_grad(mean))(logits)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "estimate, value, gradient",
+    [
+        (losses.k1, "reverse", None),
+        (losses.k2, None, "reverse"),
+        (losses.k3, "reverse", "forward"),
+        (losses.k3_straight_through, "reverse", "reverse"),
+    ],
+)
+def test_expectations_under_the_policy(estimate, value, gradient, seed):
+    logits, p, q = policies(seed)
+    mean, slope = expectation(estimate, logits, p, q)
+    if value == "reverse":
+        np.testing.assert_allclose(mean, kl(p, q), rtol=1e-5, atol=1e-6)
+    expected = {None: np.zeros(SYMBOLS), "reverse": gradient_of_kl(p, q), "forward": p - q}[gradient]
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_expectations_under_the_reference(seed):
+    logits, p, q = policies(seed)
+    mean, slope = expectation(losses.k3_forward, logits, q, q)
+    np.testing.assert_allclose(mean, kl(q, p), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, p - q, rtol=1e-5, atol=1e-6)
+
+
+def test_full_kl_of_impossible_symbols():
+    logits = jnp.array([[[0.0, -jnp.inf, 0.0], [0.0, 0.0, 0.0]]])
+    ref_logits = jnp.array([[[0.0, -jnp.inf, jnp.log(3.0)], [0.0, 0.0, -jnp.inf]]])
+    mask = jnp.ones((1, 2))
+    value = losses.full_kl(logits, ref_logits, mask)
+    np.testing.assert_allclose(value, [[np.log(2 / np.sqrt(3)), np.inf]], rtol=1e-5)  # 1/2 log 2 + 1/2 log 2/3
+    gradient = jax.jit(jax.grad(lambda x: losses.full_kl(x, ref_logits, mask)[0, 0]))(logits)
+    p, q = np.array([0.5, 0.5]), np.array([0.25, 0.75])
+    np.testing.assert_allclose(gradient[0, 0, jnp.array([0, 2])], gradient_of_kl(p, q), rtol=1e-5)
+    assert jnp.all(jnp.isfinite(gradient[0, 0]))
+
+
+def test_the_reference_of_an_estimator_is_a_constant():
+    x, mask = jnp.array([[-1.0, -2.0]]), jnp.ones((1, 2))
+    for estimate in (losses.k1, losses.k2, losses.k3, losses.k3_forward, losses.k3_straight_through, losses.absolute):
+        gradient = jax.grad(lambda ref, f=estimate: jnp.sum(f(x, ref, mask)))(x - 0.5)
+        np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
