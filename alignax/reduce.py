@@ -101,7 +101,7 @@ def top_entropy(entropy: Float[Array, "B T"], mask: Array, *, fraction: Scalar =
     chosen = mask != 0
     ordered = jnp.sort(jnp.where(chosen, entropy.astype(jnp.float32), jnp.inf), axis=None)
     last = jnp.sum(chosen.astype(jnp.float32)) - 1
-    # last - fraction * last: (1 - fraction) * last rounds up past whole numbers, and then loses the token there
+    # not (1 - fraction) * last, which at 0.4 rounds up past whole numbers, and then loses the token there
     position = jnp.maximum(last - fraction * last, 0.0)
     lower = jnp.floor(position).astype(jnp.int32)
     upper = jnp.minimum(lower + 1, jnp.maximum(last, 0.0).astype(jnp.int32))
@@ -116,8 +116,7 @@ def _centred(x: Array, mask: Array) -> tuple[Array, Array, Array]:
     x = x.astype(jnp.float32)
     # From the least entry up: equal entries, however large, then differ from their mean by exactly 0, where a rounded
     # mean would leave an ulp that a division by sqrt(eps) turns into something.
-    least = jnp.min(jnp.where(mask, x, jnp.inf))
-    least = jax.lax.stop_gradient(jnp.where(jnp.any(mask), least, 0.0))
+    least = jax.lax.stop_gradient(jnp.min(jnp.where(mask, x, jnp.inf)))
     x = jnp.where(mask, x - least, 0.0)
     count = jnp.sum(mask.astype(jnp.float32))
     mean = jnp.sum(x) / jnp.maximum(count, 1.0)
