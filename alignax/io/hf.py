@@ -34,7 +34,7 @@ _HUB_FILES = (
 )
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # Buffers that old versions of transformers saved and that follow from config.json.
-_DERIVED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+_DERIVED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 
 
 class Loaded(NamedTuple):
@@ -165,28 +165,31 @@ def _find(folder_or_id: str | Path, revision: str | None) -> Path:
 
 def _read_params(folder: Path, model: Model, mesh: jax.sharding.Mesh | None, rules: Rules) -> Params:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    leaves = tensors.plan(shapes, _tensor_names(model))
+    names = _tensor_names(model)
+    leaves = tensors.plan(shapes, names)
     where = [None] * len(leaves) if mesh is None else jax.tree.leaves(shardings(shapes, mesh, rules))
+    prefix, expected = families.name_prefix(model.config), {name for leaf in leaves for name in leaf.names}
     with tensors.open_folder(folder) as found:
         found = {name: tensor for name, tensor in found.items() if not _DERIVED.search(name)}
+        found = {prefix + name if prefix + name in expected else name: tensor for name, tensor in found.items()}
         if model.config.tie_embeddings and model.values is None:
-            _drop_equal_head(folder, found)
+            _drop_equal_head(folder, found, *(str(names[path]) for path in ("head/kernel", "embed/embedding")))
         tensors.check(folder, leaves, found)
         arrays = [tensors.read(leaf, found, sharding) for leaf, sharding in zip(leaves, where)]
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
-def _tensor_names(model: Model) -> Mapping[str, str]:
+def _tensor_names(model: Model) -> Mapping[str, str | tensors.Place]:
     names = families.tensor_names(model.config)
     return names if model.values is None else score.tensor_names(names)
 
 
-def _drop_equal_head(folder: Path, found: dict[str, tensors.Tensor]) -> None:
-    head, embedding = found.pop("lm_head.weight", None), found.get("model.embed_tokens.weight")
-    if head and embedding and not tensors.equal(head, embedding):
+def _drop_equal_head(folder: Path, found: dict[str, tensors.Tensor], head: str, embedding: str) -> None:
+    left, right = found.pop(head, None), found.get(embedding)
+    if left and right and not tensors.equal(left, right):
         raise ValueError(
-            f"{folder}: lm_head.weight differs from model.embed_tokens.weight, but config.json says "
-            "tie_word_embeddings; set it to false to keep both"
+            f"{folder}: {head} differs from {embedding}, but config.json says tie_word_embeddings; set it to false to "
+            "keep both"
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignax.io.families import FAMILIES
+from alignax.io.tensors import Place
 
 _SUFFIX = "ForSequenceClassification"
 # Gemma3ForSequenceClassification is the model that sees images, too.
@@ -59,7 +60,7 @@ def with_score(config: Mapping[str, Any], pad_id: int | None) -> dict[str, Any]:
     }
 
 
-def tensor_names(names: Mapping[str, str]) -> dict[str, str]:
+def tensor_names(names: Mapping[str, str | Place]) -> dict[str, str | Place]:
     """Tree path to tensor name of `alignax.models.with_score(model)`, from those of the model."""
     backbone = {f"backbone/{path}": name for path, name in names.items() if path != "head/kernel"}
     return {**backbone, "score/kernel": "score.weight"}

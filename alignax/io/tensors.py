@@ -29,44 +29,72 @@ class Tensor(NamedTuple):
     view: Any
 
 
+class Place(NamedTuple):
+    """Where a leaf of the parameter tree is in a folder; a plain name means the whole tensor, kernels transposed.
+
+    Leaves with the same tensor share its outputs (the last axis of a leaf), in the order of their places: each has a
+    contiguous part of them, or with `groups` a part of each of that many equal groups, such as heads.
+    """
+
+    name: str  # of the tensor; a "{}" stands for the index along a leading axis of the leaf, such as the layer
+    transposed: bool  # the folder has the last two axes the other way round
+    groups: int = 1
+
+
 class Leaf(NamedTuple):
-    """One leaf of the parameter tree and the tensors it is made of: one per layer if stacked; kernels transposed."""
+    """One leaf of the parameter tree and the tensors it is made of: one per index along its `stacked` leading axes."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
     names: tuple[str, ...]
-    stacked: bool
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the folder has the last two axes the other way round."""
-        return self.path.endswith("/kernel")
+    stacked: int
+    transposed: bool
+    columns: np.ndarray | None  # of the tensor's last axis, in this tree's orientation; None: all of them
+    width: int  # of that axis
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of each of its tensors in the folder."""
-        shape = self.shape[1:] if self.stacked else self.shape
+        shape = (*self.shape[self.stacked : -1], self.width)
         return shape[::-1] if self.transposed else shape
 
 
-def plan(tree: Any, names: Mapping[str, str]) -> list[Leaf]:
+def plan(tree: Any, names: Mapping[str, str | Place]) -> list[Leaf]:
     """The leaves of a tree of arrays or shapes, in its order, each with its tensors.
 
-    names: tree path to tensor name, "{}" in it standing for the layer.
+    names: by tree path.
 
     Raises:
       ValueError: when a leaf has no name.
     """
-    leaves = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
-        if path not in names:
-            raise ValueError(f"parameter {path!r} has no tensor name; named: {sorted(names)}")
-        stacked = "{}" in names[path]
-        tensors = tuple(names[path].format(layer) for layer in range(leaf.shape[0] if stacked else 1))
-        leaves.append(Leaf(path, tuple(leaf.shape), np.dtype(leaf.dtype), tensors, stacked))
-    return leaves
+    places = {
+        path: Place(place, transposed=path.endswith("/kernel")) if isinstance(place, str) else place
+        for path, place in names.items()
+    }
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    return [_leaf(path, flat, places) for path in flat]
+
+
+def _leaf(path: str, flat: Mapping[str, Any], places: Mapping[str, Place]) -> Leaf:
+    if path not in places:
+        raise ValueError(f"parameter {path!r} has no tensor name; named: {sorted(places)}")
+    name, transposed, groups = places[path]
+    shape, stacked = tuple(flat[path].shape), name.count("{}")
+    tensors = tuple(name.format(*index) for index in np.ndindex(*shape[:stacked]))
+    sizes = {other: flat[other].shape[-1] for other in places if other in flat and places[other].name == name}
+    columns = _columns(path, sizes, groups) if len(sizes) > 1 else None
+    dtype, width = np.dtype(flat[path].dtype), sum(sizes.values())
+    return Leaf(path, shape, dtype, tensors, stacked, transposed, columns, width)
+
+
+def _columns(path: str, sizes: Mapping[str, int], groups: int) -> np.ndarray:
+    before = sum(list(sizes.values())[: list(sizes).index(path)])
+    first = np.arange(groups) * (sum(sizes.values()) // groups) + before // groups
+    return (first[:, None] + np.arange(sizes[path] // groups)[None, :]).reshape(-1)
 
 
 @contextlib.contextmanager
@@ -135,10 +163,11 @@ def write(folder: Path, leaves: Sequence[Leaf], arrays: Sequence[Any], max_shard
     """
     from safetensors.numpy import save_file
 
-    tensors: list[tuple[str, int, Callable[[], np.ndarray]]] = []
+    parts: dict[str, list[tuple[Leaf, Any, tuple[int, ...]]]] = {}
     for leaf, array in zip(leaves, arrays):
-        size = int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
-        tensors += [(name, size, _fetch(leaf, array, layer)) for layer, name in enumerate(leaf.names)]
+        for name, index in zip(leaf.names, np.ndindex(*leaf.shape[: leaf.stacked])):
+            parts.setdefault(name, []).append((leaf, array, index))
+    tensors = [(name, _bytes(found[0][0]), _fetch(found)) for name, found in parts.items()]
     shards = _split(tensors, max_shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = [_SINGLE] if len(shards) == 1 else files
@@ -208,20 +237,33 @@ def _open(path: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, Tensor
 def _read_part(leaf: Leaf, tensors: Mapping[str, Tensor], index: tuple[slice, ...]) -> np.ndarray:
     bounds = [item.indices(size)[:2] for item, size in zip(index, leaf.shape)]
     part = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-    inner = tuple(slice(*bound) for bound in (bounds[1:] if leaf.stacked else bounds))
-    inner = inner[::-1] if leaf.transposed else inner
-    first, last = bounds[0] if leaf.stacked else (0, 1)
-    for row, name in enumerate(leaf.names[first:last]):
-        values = tensors[name].view[inner]
-        target = part[row] if leaf.stacked else part
-        target[...] = values.T if leaf.transposed else values
+    inner, columns = [slice(*bound) for bound in bounds[leaf.stacked :]], None
+    if leaf.columns is not None:
+        columns = leaf.columns[inner[-1]]
+        inner[-1] = slice(columns.min(), columns.max() + 1)
+        columns = columns - inner[-1].start
+    inner = tuple(inner[::-1] if leaf.transposed else inner)
+    names = dict(zip(np.ndindex(*leaf.shape[: leaf.stacked]), leaf.names))
+    for at in np.ndindex(*part.shape[: leaf.stacked]):
+        values = tensors[names[tuple(i + start for i, (start, _) in zip(at, bounds))]].view[inner]
+        values = values.T if leaf.transposed else values
+        part[at] = values if columns is None else values[..., columns]
     return part
 
 
-def _fetch(leaf: Leaf, array: Any, layer: int) -> Callable[[], np.ndarray]:
+def _bytes(leaf: Leaf) -> int:
+    return int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
+
+
+def _fetch(parts: Sequence[tuple[Leaf, Any, tuple[int, ...]]]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        values = np.asarray(array[layer] if leaf.stacked else array)
-        return np.ascontiguousarray(values.T if leaf.transposed else values)
+        first = parts[0][0]
+        values = np.asarray(parts[0][1][parts[0][2]])
+        if first.columns is not None:
+            values = np.empty((*first.shape[first.stacked : -1], first.width), first.dtype)
+            for leaf, array, index in parts:
+                values[..., leaf.columns] = np.asarray(array[index])
+        return np.ascontiguousarray(values.T if first.transposed else values)
 
     return fetch
 

@@ -1,8 +1,11 @@
 """Language models as `Model`s: the shipped transformer and adapters for any other network."""
 
+from alignax.models.activations import gelu as gelu
+from alignax.models.activations import gelu_tanh as gelu_tanh
 from alignax.models.adapters import from_apply as from_apply
 from alignax.models.adapters import from_linen as from_linen
 from alignax.models.adapters import from_nnx as from_nnx
+from alignax.models.config import LayerKind as LayerKind
 from alignax.models.config import TransformerConfig as TransformerConfig
 from alignax.models.heads import add_score as add_score
 from alignax.models.heads import with_score as with_score

@@ -24,13 +24,23 @@ class LayerCache(NamedTuple):
 
 
 def attend(
-    queries: Float[Array, "B T H hd"], cache: LayerCache, visible: Bool[Array, "B T S"]
+    queries: Float[Array, "B T H hd"],
+    cache: LayerCache,
+    visible: Bool[Array, "B T S"],
+    *,
+    scalar: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H hd"]:
-    """softmax(q k / sqrt(hd)) v over the visible slots: softmax in float32, divided after the product with v."""
+    """softmax(q k / sqrt(scalar)) v over the visible slots: softmax in float32, divided after the product with v.
+
+    scalar: None: hd. softcap: a score s becomes c tanh(s / c) first, if c is given. See "Gemma 2: Improving Open
+    Language Models at a Practical Size" (https://arxiv.org/abs/2408.00118), section 2.
+    """
     batch, length, heads, width = queries.shape
     grouped = queries.reshape(batch, length, cache.keys.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
     scores = _matmul(grouped.reshape(*cache.keys.shape[:2], -1, width), cache.keys)
-    scores = scores.reshape(*grouped.shape[:-1], -1) * width**-0.5
+    scores = scores.reshape(*grouped.shape[:-1], -1) * (width if scalar is None else scalar) ** -0.5
+    scores = capped(scores, softcap)
     scores = jnp.where(visible[:, None, None], scores, UNSEEN)
     # The shift by the maximum cancels in the quotient, so its derivative is zero and need not be computed.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
@@ -38,6 +48,11 @@ def attend(
     weights = weights.astype(cache.values.dtype).reshape(*cache.keys.shape[:2], -1, weights.shape[-1])
     mixed = (_matmul(weights, cache.values).reshape(grouped.shape) / total).astype(queries.dtype)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+
+
+def capped(x: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """c tanh(x / c), between -c and c; x itself when c is None."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _matmul(left: Array, right: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The parts of a decoder as flax.linen modules: norm, attention, MLP, the block of them, and all blocks as one scan."""
+"""The parts of a decoder as flax.linen modules: norms, attention, MLP, the block of them, all blocks as one scan."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,29 @@ from alignax.types import Array
 
 
 class RMSNorm(nn.Module):
-    """scale * x / sqrt(mean(x^2) + eps) over the last axis, in float32 and cast to the compute dtype."""
+    """scale * x / sqrt(mean(x^2) + eps) over the last axis, in float32 and cast to the compute dtype.
+
+    With `centred_scales` the factor is 1 + scale.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... N"]) -> Float[Array, "... N"]:
+        """Normalises `x`."""
+        centred = self.config.centred_scales
+        first = nn.initializers.zeros if centred else nn.initializers.ones
+        scale = self.param("scale", first, (x.shape[-1],), self.config.param_dtype).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
+        return (x * _as_rank(1 + scale if centred else scale, x.ndim)).astype(self.config.dtype)
+
+
+class LayerNorm(nn.Module):
+    """scale * (x - mean(x)) / sqrt(var(x) + eps) + bias over the last axis, in float32 and cast to the compute dtype.
+
+    See "Layer Normalization", Ba et al. (https://arxiv.org/abs/1607.06450).
+    """
 
     config: TransformerConfig
 
@@ -20,13 +42,21 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... N"]) -> Float[Array, "... N"]:
         """Normalises `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.config.param_dtype)
         x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.config.norm_eps)
-        return (x * jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))).astype(self.config.dtype)
+        scale, bias = (_as_rank(leaf.astype(jnp.float32), x.ndim) for leaf in (scale, bias))
+        return (x * scale + bias).astype(self.config.dtype)
+
+
+def norm(config: TransformerConfig, name: str | None = None) -> nn.Module:
+    """The norm of the residual stream that `config` asks for."""
+    return LayerNorm(config, name=name) if config.layer_norm else RMSNorm(config, name=name)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions; optionally a bias on q, k, v and a norm of each q, k head."""
+    """Grouped-query self-attention with rotary positions (none where `angle` is None), and the options of `config`."""
 
     config: TransformerConfig
 
@@ -34,7 +64,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angle: Float[Array, "B T half"],
+        angle: Float[Array, "B T half"] | None,
         visible: Bool[Array, "B T S"],
         past: LayerCache | None = None,
         slots: Int[Array, "B T"] | None = None,
@@ -42,35 +72,50 @@ class Attention(nn.Module):
         """The attended `x`, and the keys and values it attended to."""
         config = self.config
 
-        def heads(name, count):
+        def heads(name, count, normed):
             projected = _dense(config, count * config.head_dim, name, use_bias=config.qkv_bias)(x)
-            return projected.reshape(*x.shape[:2], count, config.head_dim)
+            if normed and config.qk_norm_whole:
+                projected = RMSNorm(config, name=f"{name}_norm")(projected)
+            projected = projected.reshape(*x.shape[:2], count, config.head_dim)
+            if normed and config.qk_norm:
+                projected = RMSNorm(config, name=f"{name}_norm")(projected)
+            return rope.rotate(projected, angle) if normed and angle is not None else projected
 
-        q, k, v = heads("q", config.num_heads), heads("k", config.num_kv_heads), heads("v", config.num_kv_heads)
-        if config.qk_norm:
-            q, k = RMSNorm(config, name="q_norm")(q), RMSNorm(config, name="k_norm")(k)
-        q, k = rope.rotate(q, angle), rope.rotate(k, angle)
+        q, k = heads("q", config.num_heads, True), heads("k", config.num_kv_heads, True)
+        v = heads("v", config.num_kv_heads, False)
         cache = as_cache(k, v) if past is None or slots is None else write(past, k, v, slots)
-        mixed = attend(q, cache, visible).reshape(*x.shape[:2], -1)
-        return _dense(config, config.hidden_size, "o")(mixed), cache
+        mixed = attend(q, cache, visible, scalar=config.attention_scalar, softcap=config.attention_softcap)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        return _dense(config, config.hidden_size, "o", use_bias=config.out_bias)(mixed), cache
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+class MLP(nn.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Each token on its own."""
-        config = self.config
-        gate = _dense(config, config.intermediate_size, "gate")(x)
-        up = _dense(config, config.intermediate_size, "up")(x)
-        return _dense(config, config.hidden_size, "down")(nn.silu(gate) * up)
+        config, activation = self.config, self.config.activation
+
+        def dense(features, name):
+            return _dense(config, features, name, use_bias=config.mlp_bias)
+
+        if config.gated_mlp:
+            gate = dense(config.intermediate_size, "gate")(x)
+            inner = activation(gate) * dense(config.intermediate_size, "up")(x)
+        else:
+            inner = activation(dense(config.intermediate_size, "up")(x))
+        return dense(config.hidden_size, "down")(inner)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); and its cache, when it was given one or is to `keep` its own."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), or as the switches of `config` have it.
+
+    The second output holds what the scan over blocks stacks: its cache, when it was given one or is to `keep` its own,
+    and a dict of auxiliary losses, empty for a dense block.
+    """
 
     config: TransformerConfig
     keep: bool = False
@@ -79,22 +124,34 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        angle: Float[Array, "B T half"],
-        visible: Bool[Array, "B T S"],
+        angle: Float[Array, "*K B T half"] | None,
+        visible: Bool[Array, "*K B T S"],
+        kind: Int[Array, ""] | None = None,
         past: LayerCache | None = None,
         slots: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Runs the block. With `past`, new keys and values go to `slots` of it, and all of it can be attended to."""
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, dict[str, Array]]]:
+        """Runs the block. With `past`, new keys and values go to `slots` of it, and all of it can be attended to.
+
+        kind: which of the K kinds of layer it is; None: `angle` and `visible` have no such axis.
+        """
         config = self.config
-        normed = RMSNorm(config, name="attn_norm")(x)
-        mixed, cache = Attention(config, name="attn")(normed, angle, visible, past, slots)
-        x = x + mixed
-        x = x + GatedMLP(config, name="mlp")(RMSNorm(config, name="mlp_norm")(x))
-        return x, cache if self.keep or past is not None else None
+        if kind is not None:
+            angle, visible = jax.tree.map(lambda leaf: _pick(leaf, kind), (angle, visible))
+        inner = norm(config, "attn_norm")(x) if config.pre_norm else x
+        mixed, cache = Attention(config, name="attn")(inner, angle, visible, past, slots)
+        mixed = norm(config, "attn_post_norm")(mixed) if config.post_norm else mixed
+        read = x if config.parallel else x + mixed
+        inner = norm(config, "mlp_norm")(read) if config.pre_norm else read
+        changed = MLP(config, name="mlp")(inner)
+        changed = norm(config, "mlp_post_norm")(changed) if config.post_norm else changed
+        return x + mixed + changed, (cache if self.keep or past is not None else None, {})
 
 
 def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:
-    """All blocks as one module; parameters, and the caches if kept, are stacked along a leading layer axis."""
+    """All blocks as one module; parameters, and the caches if kept, are stacked along a leading layer axis.
+
+    It takes the `kind` of every layer, [L], where there are several.
+    """
     block = Block
     if config.remat is not None and not keep:
         block = nn.remat(Block, policy=config.remat, prevent_cse=False)  # scan already prevents it
@@ -102,9 +159,17 @@ def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+        in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
         length=config.num_layers,
     )(config, keep=keep)
+
+
+def _pick(leaf: Array, index: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+
+
+def _as_rank(leaf: Float[Array, " N"], rank: int) -> Float[Array, "..."]:
+    return jnp.expand_dims(leaf, range(rank - 1))
 
 
 def _dense(config: TransformerConfig, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:

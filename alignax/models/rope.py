@@ -58,7 +58,10 @@ RopeScaling = LinearScaling | Llama3Scaling
 def angles(
     positions: Int[Array, "B T"], *, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> Float[Array, "B T half"]:
-    """position * theta^(-2 i / head_dim) for i < head_dim / 2, in radians, the frequencies scaled first if asked."""
+    """position * theta^(-2 i / head_dim) for i < head_dim / 2, in radians, the frequencies scaled first if asked.
+
+    head_dim: the channels of a head that turn, all of them in most models.
+    """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
         frequencies = scaling(frequencies)
@@ -66,7 +69,13 @@ def angles(
 
 
 def rotate(x: Float[Array, "B T H hd"], angle: Float[Array, "B T half"]) -> Float[Array, "B T H hd"]:
-    """Turns every head of `x` by its position's angles, in float32, and returns it in its own dtype."""
+    """Turns the first 2 * half channels of every head of `x` by its position's angles, in float32.
+
+    Returns `x` in its own dtype, the channels after those as they were.
+    """
+    half = angle.shape[-1]
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

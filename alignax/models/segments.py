@@ -1,4 +1,4 @@
-"""Who sees whom, and at which position: everything about packed rows and shared prompts, in two functions.
+"""Who sees whom, and at which position: everything about packed rows and shared prompts, in three functions.
 
 `segments [B, T]` is 0 for padding and k >= 1 for the k-th packed part of a row; `parents [B, T]` is, for each token,
 the segment that its own one continues (0 for none), so that one prompt can serve many completions.
@@ -25,6 +25,21 @@ def segment_visibility(segments: Int[Array, "B T"], parents: Int[Array, "B T"] |
     if parents is not None:
         seen |= _same(parents, segments)
     return seen & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))[None]
+
+
+def within_window(
+    visible: Bool[Array, "B T S"],
+    positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B S"],
+    window: int | None,
+) -> Bool[Array, "B T S"]:
+    """What is left of `visible` for a token that sees its own position and the window - 1 before it (None: all).
+
+    See "Mistral 7B", Jiang et al. (https://arxiv.org/abs/2310.06825), section 2.
+    """
+    if window is None:
+        return visible
+    return visible & (key_positions[:, None, :] > positions[:, :, None] - window)
 
 
 def _same(left: Array, right: Array) -> Array:

@@ -1,7 +1,9 @@
-"""One decoder for Llama, Qwen 2 and Qwen 3, as the four pure functions of a `Model`; a family is a configuration.
+"""One decoder for every family, as the four pure functions of a `Model`; a family is a configuration.
 
 Training and prefill scan over the layers, whose parameters are stacked along a leading axis, so that compile time does
-not grow with depth. Decoding unrolls them: a cache that passes through a scan is copied at every token.
+not grow with depth. Where layers differ in kind (a window here, other angles there) the masks and angles of all kinds
+are made once, and each layer of the scan picks those of its own. Decoding unrolls the layers: a cache that passes
+through a scan is copied at every token.
 """
 
 from typing import Any
@@ -10,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from alignax.models import rope
-from alignax.models.attention import LayerCache, write_front
-from alignax.models.blocks import Block, RMSNorm, scanned
-from alignax.models.config import TransformerConfig
-from alignax.models.segments import segment_positions, segment_visibility
+from alignax.models.attention import LayerCache, capped, write_front
+from alignax.models.blocks import Block, norm, scanned
+from alignax.models.config import LayerKind, TransformerConfig
+from alignax.models.segments import segment_positions, segment_visibility, within_window
 from alignax.types import Array, Cache, Hidden, Model, Params
 
 # Tensor parallel over "model": projections into the heads and the MLP split by column, those out of them by row, the
@@ -25,7 +27,7 @@ RULES = (
     (r"(^|/)embed/embedding$", P("model", None)),
     (r"(^|/)head/kernel$", P(None, "model")),
     (r"(^|/)(q|k|v|gate|up)/kernel$", P(None, None, "model")),
-    (r"(^|/)(q|k|v)/bias$", P(None, "model")),
+    (r"(^|/)(q|k|v|gate|up)/bias$", P(None, "model")),
     (r"(^|/)(o|down)/kernel$", P(None, "model", None)),
     (r".*", P()),
 )
@@ -35,7 +37,8 @@ def transformer(config: TransformerConfig) -> Model:
     """The decoder that `config` describes.
 
     Parameters are nested dicts: {"embed": {"embedding": [V, D]}, "layers": every leaf [L, ...], "final_norm":
-    {"scale": [D]}, "head": {"kernel": [D, V]}}; a tied model has no "head".
+    {"scale": [D]}, "head": {"kernel": [D, V]}}; a tied model has no "head", one with learned positions has
+    {"positions": {"embedding": [max_positions, D]}}, and a LayerNorm has a "bias" beside its "scale".
 
     With a cache, `positions=None` means a prefill: the T tokens of every row go to slots 0 ... T - 1. Otherwise token t
     of row r is written to slot `positions[r, t]`. Either way a token sees every slot up to its own, whatever `segments`
@@ -47,12 +50,16 @@ def transformer(config: TransformerConfig) -> Model:
         normal = nn.initializers.normal(config.initializer_range)
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         example = jnp.zeros((1, 1, config.hidden_size), config.dtype)
-        angle, visible = _angles(config, jnp.zeros((1, 1), jnp.int32)), jnp.ones((1, 1, 1), bool)
+        one = jnp.zeros((1, 1), jnp.int32)
+        views = _views(config, one, one, jnp.ones((1, 1, 1), bool))
         params = {
             "embed": {"embedding": normal(embed_key, (config.vocab_size, config.hidden_size), config.param_dtype)},
-            "layers": scanned(config).init(layers_key, example, angle, visible)["params"],
-            "final_norm": {"scale": jnp.ones(config.hidden_size, config.param_dtype)},
+            "layers": scanned(config).init(layers_key, example, *_for_scan(config, views))["params"],
+            "final_norm": norm(config).init(key, example)["params"],
         }
+        if config.learned_positions:
+            shape = (config.max_positions, config.hidden_size)
+            params["positions"] = {"embedding": normal(jax.random.fold_in(embed_key, 1), shape, config.param_dtype)}
         if not config.tie_embeddings:
             params["head"] = {"kernel": normal(head_key, (config.hidden_size, config.vocab_size), config.param_dtype)}
         return params
@@ -68,22 +75,26 @@ def transformer(config: TransformerConfig) -> Model:
         key: Array | None = None,
     ) -> Hidden:
         del key  # there is no dropout
-        _check(tokens, segments, positions, parents, cache)
-        segments = segments.astype(jnp.int32)
-        x = _embed(config, params, jnp.where(segments != 0, tokens, 0))
-        if cache is None:
-            positions = segment_positions(segments, parents) if positions is None else positions
-            visible = segment_visibility(segments, parents)
-            x, _ = _apply(scanned(config), params["layers"], x, _angles(config, positions), visible)
-        elif positions is None:
-            x, cache = _prefill(config, params["layers"], x, cache)
+        _check(config, tokens, segments, positions, parents, cache)
+        segments, prefill = segments.astype(jnp.int32), cache is not None and positions is None
+        if positions is None:
+            positions = _in_order(tokens) if prefill else segment_positions(segments, parents)
+        x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
+        if cache is None or prefill:
+            visible = _up_to(positions, tokens.shape[1]) if prefill else segment_visibility(segments, parents)
+            views = _views(config, positions, positions, visible)
+            blocks = scanned(config, keep=prefill)
+            x, (own, aux) = _apply(blocks, params["layers"], x, *_for_scan(config, views))
+            if cache is not None:
+                cache = tuple(write_front(past, _layer(own, index)) for index, past in enumerate(cache))
         else:
-            x, cache = _extend(config, params["layers"], x, positions, cache)
-        return Hidden(_apply(RMSNorm(config), params["final_norm"], x), cache, {})
+            x, cache, aux = _extend(config, params["layers"], x, positions, cache)
+        return Hidden(_apply(norm(config), params["final_norm"], x), cache, aux)
 
     def logits(params: Params, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
         kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
-        return jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+        scores = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+        return capped(scores, config.logit_softcap)
 
     def init_cache(batch: int, length: int) -> tuple[LayerCache, ...]:
         keys = (batch, config.num_kv_heads, config.head_dim, length)
@@ -95,34 +106,68 @@ def transformer(config: TransformerConfig) -> Model:
     return Model(init, hidden, logits, init_cache, config)
 
 
-def _embed(config: TransformerConfig, params: Params, tokens: Array) -> Array:
-    # An id outside the vocabulary becomes NaN: loud, where clamping would quietly read another token's row.
-    rows = params["embed"]["embedding"].at[tokens]
+def _embed(config: TransformerConfig, params: Params, tokens: Array, positions: Array) -> Array:
+    x = _rows(config, params["embed"], tokens)
+    if config.scale_embeddings:
+        x = x * jnp.asarray(config.hidden_size**0.5, config.dtype)
+    return x + _rows(config, params["positions"], positions) if config.learned_positions else x
+
+
+def _rows(config: TransformerConfig, table: Params, ids: Array) -> Array:
+    # An id outside the table becomes NaN: loud, where clamping would quietly read another row.
+    rows = table["embedding"].at[ids]
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
 
 
-def _prefill(config: TransformerConfig, layers: Params, x: Array, cache: Cache) -> tuple[Array, Cache]:
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    visible = _up_to(positions, x.shape[1])
-    x, own = _apply(scanned(config, keep=True), layers, x, _angles(config, positions), visible)
-    return x, tuple(write_front(past, _layer(own, index)) for index, past in enumerate(cache))
+def _views(
+    config: TransformerConfig, positions: Array, key_positions: Array, visible: Array
+) -> list[tuple[Float[Array, "B T half"] | None, Bool[Array, "B T S"]]]:
+    """The angles and the visibility of each kind of layer."""
+    return [
+        (_angles(config, kind, positions), within_window(visible, positions, key_positions, kind.window))
+        for kind in config.kinds
+    ]
 
 
-def _extend(config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache) -> tuple[Array, Cache]:
-    angle, visible = _angles(config, positions), _up_to(positions, cache[0].values.shape[2])
-    filled = []
-    for index, past in enumerate(cache):
-        x, present = _apply(Block(config), _layer(layers, index), x, angle, visible, past, positions)
+def _for_scan(config: TransformerConfig, views: list) -> tuple:
+    """Angles, visibility and the kind of every layer: stacked where there are several kinds."""
+    if len(views) == 1:
+        return (*views[0], None)
+    angle, visible = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views)
+    return angle, visible, jnp.array([config.kinds.index(kind) for kind in config.layer_kinds])
+
+
+def _angles(config: TransformerConfig, kind: LayerKind, positions: Array) -> Array | None:
+    if config.learned_positions:
+        return None
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if kind.rope_theta is not None:
+        theta, scaling = kind.rope_theta, None
+    angle = rope.angles(positions, head_dim=config.rotary_dim, theta=theta, scaling=scaling)
+    return angle if kind.rotary else jnp.zeros_like(angle)  # one scan body for all: an angle of zero turns nothing
+
+
+def _extend(
+    config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache
+) -> tuple[Array, Cache, dict[str, Array]]:
+    slots = cache[0].values.shape[2]
+    key_positions = jnp.broadcast_to(jnp.arange(slots), (x.shape[0], slots))
+    views = _views(config, positions, key_positions, _up_to(positions, slots))
+    filled, aux = [], []
+    for index, (past, kind) in enumerate(zip(cache, config.layer_kinds)):
+        angle, visible = views[config.kinds.index(kind)]
+        x, (present, own) = _apply(Block(config), _layer(layers, index), x, angle, visible, None, past, positions)
         filled.append(present)
-    return x, tuple(filled)
+        aux.append(own)
+    return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def _angles(config: TransformerConfig, positions: Array) -> Array:
-    return rope.angles(positions, head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
+def _in_order(tokens: Array) -> Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
 
 def _up_to(positions: Array, slots: int) -> Array:
@@ -133,7 +178,14 @@ def _layer(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
-def _check(tokens: Array, segments: Array, positions: Array | None, parents: Array | None, cache: Cache) -> None:
+def _check(
+    config: TransformerConfig,
+    tokens: Array,
+    segments: Array,
+    positions: Array | None,
+    parents: Array | None,
+    cache: Cache,
+) -> None:
     if tokens.ndim != 2:
         raise ValueError(f"transformer: tokens have shape {tokens.shape}; expected [B, T]")
     for name, array in (("segments", segments), ("positions", positions), ("parents", parents)):
@@ -146,3 +198,7 @@ def _check(tokens: Array, segments: Array, positions: Array | None, parents: Arr
     rows, _, slots, _ = cache[0].values.shape
     if rows != tokens.shape[0] or (positions is None and slots < tokens.shape[1]):
         raise ValueError(f"transformer: a cache of {rows} rows and {slots} slots cannot take tokens of {tokens.shape}")
+    if config.learned_positions and positions is None and tokens.shape[1] > config.max_positions:
+        raise ValueError(
+            f"transformer: a prompt of {tokens.shape[1]} tokens; the model has {config.max_positions} learned positions"
+        )

@@ -1,12 +1,14 @@
 """config.json against `TransformerConfig`: every spelling that is read, every option that is refused."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from alignax.io import families
-from alignax.models import TransformerConfig, rope
+from alignax.models import LayerKind, TransformerConfig, gelu, gelu_tanh, rope
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -21,6 +23,25 @@ LLAMA = {
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+GEMMA2 = LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 5}
+GEMMA3 = GEMMA2 | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 8}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+OLMO2 = LLAMA | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_key_value_heads": 2}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+}
+GPT_NEOX = LLAMA | {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "rotary_pct": 0.5}
+EVERY = [LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA2, GEMMA3, OLMO2, GPT2, GPT_NEOX]
+EVERY += [PHI3 | {"partial_rotary_factor": 0.5}, SMOLLM3 | {"no_rope_layer_interval": 2}]
+WINDOW, FULL, UNROTATED = LayerKind(window=5), LayerKind(), LayerKind(rotary=False)
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -65,9 +86,87 @@ def test_defaults_are_those_of_transformers():
 
     for row in families.FAMILIES:
         theirs = AutoConfig.for_model(row.model_type)
-        assert {key: getattr(theirs, key) for key in row.defaults} == dict(row.defaults)
-        assert not theirs.tie_word_embeddings and theirs.rope_parameters["rope_theta"] == 10_000.0
-        assert {key: getattr(theirs, key) for key in row.only} == dict(row.only)
+        turned = theirs.rope_parameters if row.rope else {}
+        local, turned = turned.get("sliding_attention", {}), turned.get("full_attention", turned)
+        found = {field.name: field.default for field in dataclasses.fields(theirs)} | {
+            "rope_theta": turned.get("rope_theta"),
+            "rotary_emb_base": turned.get("rope_theta"),
+            "rotary_pct": turned.get("partial_rotary_factor"),
+            "partial_rotary_factor": turned.get("partial_rotary_factor"),
+            "rope_local_base_freq": local.get("rope_theta"),
+            "sliding_window_pattern": getattr(theirs, "_sliding_window_pattern", None),
+        }
+        assert {key: found[key] for key in row.defaults} == dict(row.defaults), row.architecture
+        assert all(found[key] in (value, None) for key, value in row.only.items()), row.architecture
+        assert theirs.tie_word_embeddings == row.defaults.get("tie_word_embeddings", False)
+
+
+def test_what_they_assume_about_single_layers():
+    from transformers import AutoConfig
+
+    for row in families.FAMILIES:
+        theirs = AutoConfig.for_model(row.model_type)
+        source = theirs.to_dict() | {"architectures": [row.architecture]}
+        bare = without(source, "layer_types", "no_rope_layers", "_sliding_window_pattern", "rope_parameters")
+        kinds = read(bare).layer_kinds
+        windows = [kind.window is not None for kind in kinds]
+        types = getattr(theirs, "layer_types", None) or [getattr(theirs, "sliding_window", None)] * len(kinds)
+        assert windows == [kind not in (None, "full_attention") for kind in types], row.architecture
+        assert [kind.rotary for kind in kinds] == list(getattr(theirs, "no_rope_layers", [True] * len(kinds)))
+        assert read(source) == read(bare), row.architecture
+
+
+@pytest.mark.parametrize(
+    "source, pattern",
+    [
+        (LLAMA, (FULL,)),
+        (QWEN2 | {"sliding_window": 5}, (FULL,)),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, (FULL, WINDOW, WINDOW)),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, (WINDOW,)),
+        (MISTRAL | {"sliding_window": 5}, (WINDOW,)),
+        (MISTRAL, (LayerKind(window=4096),)),
+        (MISTRAL | {"sliding_window": None}, (FULL,)),
+        (GEMMA2, (WINDOW, FULL)),
+        (GEMMA2 | {"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, (FULL, FULL, WINDOW)),
+        (GEMMA3 | {"sliding_window_pattern": 3, "rope_local_base_freq": 7}, (LayerKind(5, True, 7.0),) * 2 + (FULL,)),
+        (
+            GEMMA3 | {"rope_parameters": {"full_attention": {"rope_theta": 9}, "sliding_attention": {"rope_theta": 8}}},
+            (LayerKind(5, True, 8.0),) * 5 + (FULL,),
+        ),
+        (PHI3, (FULL,)),
+        (PHI3 | {"sliding_window": 5}, (WINDOW,)),
+        (SMOLLM3 | {"no_rope_layer_interval": 2}, (FULL, UNROTATED)),
+        (SMOLLM3 | {"no_rope_layers": [0, 1, 1]}, (UNROTATED, FULL, FULL)),
+        (
+            SMOLLM3 | {"no_rope_layers": [0, 1, 1], "use_sliding_window": True, "sliding_window": 5},
+            (LayerKind(5, False), FULL, FULL),
+        ),
+        (GPT2, (FULL,)),
+    ],
+)
+def test_kinds_of_layer(source, pattern):
+    assert read(source).pattern == pattern
+
+
+def test_switches_of_the_newer_families():
+    gemma = read(GEMMA3 | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 7})
+    assert gemma.centred_scales and gemma.post_norm and gemma.scale_embeddings and gemma.qk_norm and gemma.pre_norm
+    assert (gemma.attention_scalar, gemma.logit_softcap, gemma.attention_softcap) == (12.0, 7.0, None)
+    assert (gemma.rope_theta, gemma.head_dim, gemma.activation, gemma.tie_embeddings) == (1e6, 256, gelu_tanh, True)
+    assert (read(GEMMA2).attention_softcap, read(GEMMA2).logit_softcap, read(GEMMA2).rope_theta) == (50.0, 30.0, 1e4)
+    assert read(GEMMA2 | {"final_logit_softcapping": None}).logit_softcap is None
+    olmo = read(OLMO2)
+    assert olmo.post_norm and not olmo.pre_norm and olmo.qk_norm_whole and not olmo.qk_norm
+    neox = read(GPT_NEOX | {"rotary_pct": 0.5, "rotary_emb_base": 77})
+    assert neox.parallel and neox.layer_norm and neox.qkv_bias and neox.out_bias and neox.mlp_bias
+    assert (neox.rotary_fraction, neox.rope_theta, neox.activation, neox.gated_mlp) == (0.5, 77.0, gelu, False)
+    assert read(GPT_NEOX | {"rope_parameters": {"partial_rotary_factor": 1.0}}).rotary_fraction == 1.0
+    gpt2 = read(GPT2 | {"activation_function": "relu"})
+    assert gpt2.learned_positions and gpt2.layer_norm and gpt2.tie_embeddings and not gpt2.parallel
+    assert (gpt2.intermediate_size, gpt2.head_dim, gpt2.max_positions, gpt2.activation) == (64, 4, 64, jax.nn.relu)
+    assert read(GPT2 | {"n_inner": 24}).intermediate_size == 24
+    llama = read(LLAMA | {"attention_bias": True, "mlp_bias": True})
+    assert llama.qkv_bias and llama.out_bias and llama.mlp_bias
 
 
 @pytest.mark.parametrize("source, flags", [(LLAMA, (False, False)), (QWEN2, (True, False)), (QWEN3, (False, True))])
@@ -104,18 +203,47 @@ def test_spellings_of_rope(keys, theta, scaling):
 @pytest.mark.parametrize(
     "source, message",
     [
-        (LLAMA | {"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported; supported: Llama.*Qwen3"),
+        (
+            LLAMA | {"architectures": ["BloomForCausalLM"]},
+            "'BloomForCausalLM' is not supported; supported: Llama.*GPTNe",
+        ),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "is not supported"),
         (LLAMA | {"architectures": None, "model_type": "mamba"}, "model_type 'mamba' is not supported"),
         (without(LLAMA, "architectures", "model_type"), "model_type None is not supported"),
         (LLAMA | {"model_type": "mistral"}, "model_type 'mistral' do not agree"),
-        (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'; LlamaForCausalLM is supported with 'silu'"),
-        (LLAMA | {"attention_bias": True}, "attention_bias is True"),
-        (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),
-        (QWEN3 | {"attention_bias": True}, "attention_bias is True"),
-        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window is True"),
-        (QWEN3 | {"use_sliding_window": True}, "use_sliding_window is True"),
-        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        (LLAMA | {"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'; supported: silu, .*gelu_pytorch_tanh"),
+        (LLAMA | {"attention_bias": 1}, "attention_bias is 1; expected true or false"),
+        (
+            LLAMA | {"layer_types": ["sliding_attention"] * 3},
+            "layer_types has 'sliding_attention'; supported here: full",
+        ),
+        (
+            MISTRAL | {"layer_types": ["full_attention"] * 3},
+            "layer_types has 'full_attention'; supported here: sliding",
+        ),
+        (QWEN2 | {"layer_types": ["full_attention"] * 2}, "layer_types has 2 entries; the model has 3 layers"),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 3}, "'sliding_attention', but no sliding_window is in use"),
+        (GEMMA2 | {"sliding_window": None}, "'sliding_attention', but no sliding_window is in use"),
+        (
+            GEMMA2 | {"layer_types": ["chunked_attention"] * 3},
+            "layer_types has 'chunked_attention'; supported here: full",
+        ),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (
+            GEMMA3 | {"attn_logit_softcapping": 5.0},
+            "attn_logit_softcapping is 5.0; Gemma3ForCausalLM is supported with No",
+        ),
+        (GEMMA3 | {"rope_parameters": {"rope_theta": 5.0}}, "expected RoPE parameters for each of"),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope type 'linear' of sliding_attention is not supported",
+        ),
+        (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope' is not supported"),
+        (PHI3 | {"partial_rotary_factor": 0.3}, "head_dim=4; rotary embedding needs an even number of channels"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]; expected 0 or 1 for each of 3 layers"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention is True"),
+        (GPT_NEOX | {"use_parallel_residual": None}, "use_parallel_residual is None; expected true or false"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         (LLAMA | {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
@@ -132,8 +260,21 @@ def test_spellings_of_rope(keys, theta, scaling):
     ],
 )
 def test_what_would_change_logits_is_refused(source, message):
-    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"(config.json|TransformerConfig): .*{message}"):
         read(source)
+
+
+@pytest.mark.parametrize("source", EVERY, ids=lambda source: source["model_type"])
+def test_every_family_reads_back_with_or_without_its_source(source):
+    config = read(source)
+    values = {name: getattr(config, name) for name in TransformerConfig.__dataclass_fields__}
+    for origin in (config, TransformerConfig(**values), dataclasses.replace(config, num_layers=2)):
+        written = families.write_config(origin, dtype=jnp.float32, ids={})
+        again = read(json.loads(json.dumps(written)))
+        assert again.layer_kinds == origin.layer_kinds
+        same = {"pattern": origin.pattern, "num_layers": origin.num_layers}
+        assert dataclasses.replace(again, **same) == dataclasses.replace(config, **same)
+        assert written["architectures"] == source["architectures"]
 
 
 @pytest.mark.parametrize("source", [LLAMA, QWEN2, QWEN3])
@@ -157,8 +298,6 @@ def test_written_config_reads_back_the_same_with_or_without_its_source(source, k
 
 
 def test_layer_types_follow_the_number_of_layers():
-    import dataclasses
-
     config = read(QWEN2 | {"layer_types": ["full_attention"] * 3})
     written = families.write_config(dataclasses.replace(config, num_layers=2), dtype=jnp.float32, ids={})
     assert written["layer_types"] == ["full_attention"] * 2 and written["num_hidden_layers"] == 2
