@@ -1,14 +1,16 @@
 """Writes tests/vectors/hf/: tiny random Hugging Face folders and the logits transformers computes from them.
 
-Needs torch and transformers, so it is no test: `python tests/vectors/make_hf_goldens.py`. The logits are computed by
-`AutoModelForCausalLM.from_pretrained` on the very folder that is written, float32, eager attention, CPU. Biases and
-norm scales are moved away from their initial values, so that leaving one out shows.
+Needs torch and transformers, so it is no test: `python tests/vectors/make_hf_goldens.py [CASE ...]`. The logits are
+computed by `AutoModelForCausalLM.from_pretrained` on the very folder that is written, float32, eager attention, CPU.
+Biases and norm scales are moved away from their initial values, so that leaving one out shows.
 """
 
+import dataclasses
 import json
 import pathlib
 import platform
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -34,6 +36,17 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+THIN = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "pad_token_id": 0}
+NARROW = {**THIN, "num_key_value_heads": 1}
+SHARP = {"query_pre_attn_scalar": 10}
+BASE = {"rope_theta": 500.0}
+HALF = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+GEMMA3 = {
+    "rope_theta": 5e4,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "sliding_window_pattern": 3,
 }
 CASES = {
     # config.json as transformers 4 wrote it: no num_key_value_heads, no head_dim, rope_theta at the top.
@@ -66,6 +79,55 @@ CASES = {
         {"rope_theta": 1e6, "rope_scaling": None},
     ),
     "qwen3_untied": ("Qwen3Config", {"num_key_value_heads": 2, "head_dim": 8}, None),
+    # Windows of 6 tokens: rows of 40 and 23 tokens, and decoding from 8 and 5, cross their edge.
+    "mistral": ("MistralConfig", {**NARROW, "sliding_window": 6}, None),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **NARROW,
+            **SHARP,
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.5,
+        },
+        None,
+    ),
+    # As transformers 4 wrote it; five layers: a period of three, and a remainder.
+    "gemma3": (
+        "Gemma3TextConfig",
+        {**NARROW, **SHARP, "num_hidden_layers": 5, "head_dim": 8, "sliding_window": 6, **GEMMA3},
+        {**GEMMA3, "sliding_window": 6},
+    ),
+    "phi3": ("Phi3Config", {**NARROW, "sliding_window": 6, "rope_parameters": HALF}, None),
+    "olmo2": ("Olmo2Config", {**NARROW, "num_key_value_heads": 2, "attention_bias": True}, None),
+    "smollm3": (
+        "SmolLM3Config",
+        {
+            **NARROW,
+            "num_hidden_layers": 3,
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "mlp_bias": True,
+        },
+        None,
+    ),
+    "gpt2": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48, "n_inner": 24}, None),
+    "gpt_neox": ("GPTNeoXConfig", {**THIN, "rope_parameters": HALF}, None),
+    # Every switch the other way; config.json as transformers 4 wrote it.
+    "gpt_neox_sequential": (
+        "GPTNeoXConfig",
+        {**THIN, "use_parallel_residual": False, "attention_bias": False, "rope_parameters": {**HALF, **BASE}},
+        {"rotary_pct": 0.5, "rotary_emb_base": 500.0},
+    ),
+    "qwen2_window": (
+        "Qwen2Config",
+        {**NARROW, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+        None,
+    ),
+    "llama_biases": ("LlamaConfig", {**NARROW, "attention_bias": True, "mlp_bias": True}, None),
 }
 OLD_ABSENT = ("rope_parameters", "layer_types", "dtype", "transformers_version")
 
@@ -73,8 +135,9 @@ OLD_ABSENT = ("rope_parameters", "layer_types", "dtype", "transformers_version")
 def randomise(model, generator):
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
-            parameter.data = 1.0 + 0.3 * noise
+        if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
+            # Gemma's scales are deviations from 1.
+            parameter.data = (0.0 if "Gemma" in type(model).__name__ else 1.0) + 0.3 * noise
         elif name.endswith("bias"):
             parameter.data = 0.5 * noise
         else:
@@ -83,7 +146,9 @@ def randomise(model, generator):
 
 def write_folder(folder, name, seed):
     config_class, values, old_form = CASES[name]
-    config = getattr(transformers, config_class)(**SMALL, **values)
+    config_class = getattr(transformers, config_class)
+    known = {field.name for field in dataclasses.fields(config_class)}
+    config = config_class(**{key: value for key, value in SMALL.items() if key in known} | values)
     model = transformers.AutoModelForCausalLM.from_config(config)
     randomise(model, torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
@@ -91,7 +156,7 @@ def write_folder(folder, name, seed):
         written = json.loads((folder / "config.json").read_text())
         dropped = OLD_ABSENT + tuple(k for k in ("num_key_value_heads", "head_dim") if k not in values)
         written = {k: v for k, v in written.items() if k not in dropped}
-        if config_class == "Qwen3Config":
+        if config_class is transformers.Qwen3Config:
             written.pop("attention_bias")
         written |= old_form | {"torch_dtype": "float32"}
         (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -120,9 +185,11 @@ def compute(folder, seed):
 
 
 def main():
-    shutil.rmtree(OUT, ignore_errors=True)
     for seed, name in enumerate(CASES):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         folder = OUT / name
+        shutil.rmtree(folder, ignore_errors=True)
         write_folder(folder, name, seed)
         np.savez_compressed(folder / "expected.npz", **compute(folder, seed))
     provenance = {
