@@ -195,7 +195,7 @@ def _combine(stacked: dict[str, Any], axis_name: str | None) -> dict[str, Any]:
             return Term(jnp.asarray(value.weight)[0], combine(value.mean))
         if isinstance(value, Max):
             return Max(_pmax(jnp.max(value.largest), axis_name))
-        return Mean(*(_psum(jnp.sum(x), axis_name) for x in value))
+        return Mean(*(_psum(jnp.sum(x, axis=0), axis_name) for x in value))
 
     return {name: combine(value) for name, value in stacked.items()}
 

@@ -3,3 +3,4 @@
 from alignax.algorithms import grpo as grpo
 from alignax.algorithms import preference as preference
 from alignax.algorithms import sft as sft
+from alignax.algorithms._routing import expert_load as expert_load

@@ -29,6 +29,7 @@ KEYS = {
     "activation": "hidden_act",
 }
 ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+EXPERTS = {"experts_per_token": "num_experts_per_tok"}
 GEMMA = {
     **KEYS,
     **ATTENTION_BIAS,
@@ -58,7 +59,7 @@ class Family(NamedTuple):
     fields without a key, or with null for it, from the others. defaults: what transformers assumes for absent keys.
     only: keys with the one value that is supported. layer_keys: which of the keys about single layers it has.
     is_local: whether layer i has the window where `layer_types` does not say. interleaved: the parts of a fused tensor
-    alternate head by head. prefix: what tensor names of some folders lack.
+    alternate head by head. prefix: what tensor names of some folders lack. aliases: other spellings of keys.
     """
 
     architecture: str
@@ -74,6 +75,7 @@ class Family(NamedTuple):
     tensors: Mapping[str, str | Place] = MappingProxyType(names.DECODER)
     interleaved: bool = False
     prefix: str = ""
+    aliases: Mapping[str, str] = MappingProxyType({})
 
 
 def _after_first(values: Mapping[str, Any], layer: int) -> bool:
@@ -143,6 +145,52 @@ FAMILIES = (
         flags={},
         defaults={**_USUAL, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         layer_keys=("sliding_window",),
+    ),
+    Family(
+        "MixtralForCausalLM",
+        "mixtral",
+        flags={"mixture": True},
+        defaults={
+            **_USUAL,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        keys={**KEYS, **EXPERTS, "num_experts": "num_local_experts"},
+        layer_keys=("sliding_window",),
+        tensors=names.MIXTRAL,
+    ),
+    Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        flags={"mixture": True, "qk_norm": True},
+        defaults={
+            **_USUAL,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "attention_bias": False,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        only={"decoder_sparse_step": 1, "mlp_only_layers": []},
+        keys={
+            **KEYS,
+            **ATTENTION_BIAS,
+            **EXPERTS,
+            "intermediate_size": "moe_intermediate_size",
+            "num_experts": "num_experts",
+            "normalise_experts": "norm_topk_prob",
+        },
+        layer_keys=("use_sliding_window", "sliding_window"),
+        tensors=names.QWEN3_MOE,
+        aliases={"num_local_experts": "num_experts"},  # of transformers 5
     ),
     Family(
         "Gemma2ForCausalLM",

@@ -96,6 +96,7 @@ def name_prefix(config: TransformerConfig) -> str:
 
 def _read(source: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The fields of the architecture that a config.json describes."""
+    source = _usual_spelling(source, family)
     for key, value in {**_EVERYWHERE, **family.only}.items():
         if source.get(key, value) not in (value, None):
             raise ValueError(
@@ -116,7 +117,7 @@ def _write(config: TransformerConfig, family: Family, source: Mapping[str, Any])
     if config.attention_scalar is None and "attention_scalar" in fields:
         fields["attention_scalar"] = config.head_dim
     written = {
-        **source,
+        **_usual_spelling(source, family),
         **family.only,
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -126,6 +127,15 @@ def _write(config: TransformerConfig, family: Family, source: Mapping[str, Any])
         written = {key: value for key, value in written.items() if key not in positions.keys(family)}
         written |= positions.write(config, family)
     return written
+
+
+def _usual_spelling(source: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    for other, key in family.aliases.items():
+        if key in source and other in source and source[key] != source[other]:
+            raise ValueError(
+                f"config.json: {key} is {source[key]!r} and {other} is {source[other]!r}; keep one of them"
+            )
+    return {family.aliases.get(key, key): value for key, value in source.items()}
 
 
 def _same_positions(config: TransformerConfig, family: Family, source: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Tensor names of each architecture: tree path -> tensor. "{}" is the layer: such leaves are stacked.
+"""Tensor names of each architecture: tree path -> tensor. "{}" is the layer, then the expert: such leaves are stacked.
 
 Kernels are stored transposed, [out, in], except where a `Place` says otherwise. Paths with the same tensor are parts of
 it, in this order.
@@ -72,6 +72,27 @@ def _conv1d(path: str, name: str) -> dict[str, Place]:
         f"layers/{path}/bias": Place(f"{name}.bias", transposed=False),
     }
 
+
+def _experts(router: str, gate: str, up: str, down: str) -> dict[str, str]:
+    dense = _without(DECODER, *(path for path in DECODER if path.startswith("layers/mlp/")))
+    experts = {"experts/gate/kernel": gate, "experts/up/kernel": up, "experts/down/kernel": down}
+    return {**dense, **{f"layers/mlp/{path}": name for path, name in ({"router/kernel": router} | experts).items()}}
+
+
+_MIXTRAL = "model.layers.{}.block_sparse_moe."
+MIXTRAL = _experts(
+    router=_MIXTRAL + "gate.weight",
+    gate=_MIXTRAL + "experts.{}.w1.weight",
+    up=_MIXTRAL + "experts.{}.w3.weight",
+    down=_MIXTRAL + "experts.{}.w2.weight",
+)
+_QWEN3_MOE = "model.layers.{}.mlp."
+QWEN3_MOE = _experts(
+    router=_QWEN3_MOE + "gate.weight",
+    gate=_QWEN3_MOE + "experts.{}.gate_proj.weight",
+    up=_QWEN3_MOE + "experts.{}.up_proj.weight",
+    down=_QWEN3_MOE + "experts.{}.down_proj.weight",
+)
 
 GPT2 = {
     "embed/embedding": "transformer.wte.weight",

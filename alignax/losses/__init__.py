@@ -14,5 +14,8 @@ from alignax.losses.preference import ipo as ipo
 from alignax.losses.preference import ipo_average as ipo_average
 from alignax.losses.reward import bradley_terry as bradley_terry
 from alignax.losses.reward import reward_centering as reward_centering
+from alignax.losses.routing import load_balancing as load_balancing
+from alignax.losses.routing import mean_load as mean_load
+from alignax.losses.routing import router_z as router_z
 from alignax.losses.supervised import cross_entropy as cross_entropy
 from alignax.losses.value import value_clip as value_clip

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from alignax.models import rope
 from alignax.models.attention import LayerCache, as_cache, attend, write
 from alignax.models.config import TransformerConfig
+from alignax.models.moe import MixtureMLP
 from alignax.types import Array
 
 
@@ -114,7 +115,7 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), or as the switches of `config` have it.
 
     The second output holds what the scan over blocks stacks: its cache, when it was given one or is to `keep` its own,
-    and a dict of auxiliary losses, empty for a dense block.
+    and the sums of a router, where the MLP is a mixture of experts and no cache is in play.
     """
 
     config: TransformerConfig
@@ -142,9 +143,15 @@ class Block(nn.Module):
         mixed = norm(config, "attn_post_norm")(mixed) if config.post_norm else mixed
         read = x if config.parallel else x + mixed
         inner = norm(config, "mlp_norm")(read) if config.pre_norm else read
-        changed = MLP(config, name="mlp")(inner)
+        kept, sums = self.keep or past is not None, {}
+        if config.mixture:
+            # in a row of its own a token sees itself, unless it is padding
+            real = None if kept else jnp.diagonal(visible, axis1=1, axis2=2)
+            changed, sums = MixtureMLP(config, name="mlp")(inner, real)
+        else:
+            changed = MLP(config, name="mlp")(inner)
         changed = norm(config, "mlp_post_norm")(changed) if config.post_norm else changed
-        return x + mixed + changed, (cache if self.keep or past is not None else None, {})
+        return x + mixed + changed, (cache if kept else None, sums)
 
 
 def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:

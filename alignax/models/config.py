@@ -53,6 +53,10 @@ class TransformerConfig:
     logit_softcap: float | None = None  # and so do logits
     gated_mlp: bool = True  # down(activation(gate(x)) * up(x)); False: down(activation(up(x)))
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu
+    mixture: bool = False  # every MLP is a mixture of experts, gated MLPs of width intermediate_size
+    num_experts: int = 8
+    experts_per_token: int = 2
+    normalise_experts: bool = True  # the weights of a token's experts sum to 1; False: those of all experts do
     scale_embeddings: bool = False  # times the square root of hidden_size, which is rounded to `dtype` first
     tie_embeddings: bool = False  # the head is the transposed embedding
     initializer_range: float = 0.02  # standard deviation
@@ -71,6 +75,7 @@ class TransformerConfig:
                 f"TransformerConfig: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
         self._check_positions()
+        self._check_mixture()
         if self.qk_norm and self.qk_norm_whole:
             raise ValueError("TransformerConfig: qk_norm and qk_norm_whole; expected one of them at most")
         for name in ("dtype", "param_dtype"):
@@ -95,6 +100,14 @@ class TransformerConfig:
         for kind in self.pattern:
             for name, expected in LayerKind.__annotations__.items():
                 _check_number(f"TransformerConfig: {name} of a layer", getattr(kind, name), expected)
+
+    def _check_mixture(self):
+        if self.mixture and self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"TransformerConfig: experts_per_token={self.experts_per_token} of num_experts={self.num_experts}"
+            )
+        if self.mixture and (self.mlp_bias or not self.gated_mlp):
+            raise ValueError("TransformerConfig: the experts of a mixture are gated MLPs without a bias")
 
     @property
     def rotary_dim(self) -> int:

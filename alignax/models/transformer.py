@@ -22,10 +22,13 @@ from alignax.models.segments import segment_positions, segment_visibility, withi
 from alignax.types import Array, Cache, Hidden, Model, Params
 
 # Tensor parallel over "model": projections into the heads and the MLP split by column, those out of them by row, the
-# embedding and the head by vocabulary. The leading axis of everything under "layers" is the layer.
+# embedding and the head by vocabulary. Each expert of a mixture is split like an MLP, so that no routing leaves a
+# device idle. The leading axis of everything under "layers" is the layer.
 RULES = (
     (r"(^|/)embed/embedding$", P("model", None)),
     (r"(^|/)head/kernel$", P(None, "model")),
+    (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "model")),
+    (r"(^|/)experts/down/kernel$", P(None, None, "model", None)),
     (r"(^|/)(q|k|v|gate|up)/kernel$", P(None, None, "model")),
     (r"(^|/)(q|k|v|gate|up)/bias$", P(None, "model")),
     (r"(^|/)(o|down)/kernel$", P(None, "model", None)),
@@ -44,6 +47,9 @@ def transformer(config: TransformerConfig) -> Model:
     of row r is written to slot `positions[r, t]`. Either way a token sees every slot up to its own, whatever `segments`
     says: rows are contiguous, so those are filled, and the padding of a ragged prefill is overwritten before any
     position reaches it.
+
+    `Hidden.aux` of a mixture of experts, without a cache, holds what `alignax.losses.load_balancing` reads: the sums of
+    `alignax.models.moe.router_sums` for every layer, and "router_rows" [], the layers times the tokens in them.
     """
 
     def init(key: Array) -> Params:
@@ -89,6 +95,8 @@ def transformer(config: TransformerConfig) -> Model:
                 cache = tuple(write_front(past, _layer(own, index)) for index, past in enumerate(cache))
         else:
             x, cache, aux = _extend(config, params["layers"], x, positions, cache)
+        if aux:  # a count depends on the segments alone, so that counting needs no forward pass
+            aux = {**aux, "router_rows": config.num_layers * jnp.sum(segments != 0, dtype=jnp.float32)}
         return Hidden(_apply(norm(config), params["final_norm"], x), cache, aux)
 
     def logits(params: Params, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
