@@ -94,15 +94,23 @@ def check_score(goldens):
     np.testing.assert_array_equal(np.asarray(score), values["score.weight"].T)
 
 
+def check_fused(goldens, case):
+    """Parts of one tensor on a mesh: those that one device reads, which the logits of other tests prove."""
+    mesh = sharding.make_mesh(data=2, model=4)
+    sharded, alone = hf.load(goldens / case, mesh=mesh, rules=RULES).params, hf.load(goldens / case).params
+    assert sharded["layers"]["attn"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 8, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), sharded, alone)
+
+
 def check_reads_are_slices(goldens):
     """No shard's reading takes more of a tensor than the shard holds, and no part is read twice."""
     mesh = sharding.make_mesh(data=2, model=4)
     where = jax.sharding.NamedSharding(mesh, P(None, None, "model"))
     with tensors.open_folder(goldens / "qwen3") as found:
-        names = tuple(f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2))
-        leaf = tensors.Leaf("layers/mlp/up/kernel", (2, 32, 48), np.dtype(np.float32), names, True)
+        up = {"up": {"kernel": jax.ShapeDtypeStruct((2, 32, 48), np.float32)}}
+        leaf = tensors.plan(up, {"up/kernel": "model.layers.{}.mlp.up_proj.weight"})[0]
         reads = []
-        recorded = {name: found[name]._replace(view=Recorder(found[name].view, reads)) for name in names}
+        recorded = {name: found[name]._replace(view=Recorder(found[name].view, reads)) for name in leaf.names}
         tensors.read(leaf, recorded, where)
     assert reads == [32 * 48 // 4] * 8, reads
 
@@ -111,6 +119,8 @@ if __name__ == "__main__":
     assert jax.device_count() == 8
     check_reads_are_slices(pathlib.Path(sys.argv[1]))
     check_score(pathlib.Path(sys.argv[1]))
+    for case in ("gpt2", "gpt_neox", "phi3"):
+        check_fused(pathlib.Path(sys.argv[1]), case)
     for case in ("qwen2_untied", "qwen3"):
         check_case(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), case)
         print(case)

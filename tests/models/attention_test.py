@@ -18,16 +18,19 @@ def arrays():
     return arrays | {"visible": np.tril(np.ones((B, T, S), bool), 1)}
 
 
-def attend(q, k, v, visible):
-    return attention.attend(jnp.asarray(q), attention.as_cache(jnp.asarray(k), jnp.asarray(v)), jnp.asarray(visible))
+def attend(q, k, v, visible, **options):
+    cache = attention.as_cache(jnp.asarray(k), jnp.asarray(v))
+    return attention.attend(jnp.asarray(q), cache, jnp.asarray(visible), **options)
 
 
-def test_attend_query_by_query(arrays):
+@pytest.mark.parametrize("scalar, softcap", [(None, None), (9.0, None), (None, 0.8), (9.0, 0.8)])
+def test_attend_query_by_query(arrays, scalar, softcap):
     q, k, v, visible = arrays.values()
-    found = attend(q, k, v, visible)
+    found = attend(q, k, v, visible, scalar=scalar, softcap=softcap)
     for b, t, h in np.ndindex(B, T, H):
         seen = np.flatnonzero(visible[b, t])
-        scores = k[b, seen, h // 3].astype(np.float64) @ q[b, t, h] / 2
+        scores = k[b, seen, h // 3].astype(np.float64) @ q[b, t, h] / (3 if scalar else 2)
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         weights = np.exp(scores) / np.sum(np.exp(scores))
         np.testing.assert_allclose(found[b, t, h], weights @ v[b, seen, h // 3], atol=1e-6)
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from alignax import sharding
-from alignax.models import RULES, TransformerConfig, transformer
+from alignax.models import RULES, LayerKind, TransformerConfig, transformer
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "initializer_range": 0.3}
@@ -42,11 +42,16 @@ def main():
     mesh = sharding.make_mesh(data=2, model=2)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 32, (4, 7)), jnp.int32)
-    model = transformer(TransformerConfig(**SIZES, **HEADS, qkv_bias=True, qk_norm=True, tie_embeddings=True))
+    switches = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "tie_embeddings": True}
+    kinds = (LayerKind(window=3), LayerKind())
+    model = transformer(TransformerConfig(**SIZES, **HEADS, **switches, pattern=kinds))
     init = sharding.born_sharded(model.init, mesh, RULES)
     params = init(jax.random.key(0))
     assert params["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "model", None)
     assert params["embed"]["embedding"].sharding.spec == P("model", None)
+    assert params["layers"]["attn"]["k"]["bias"].sharding.spec == P(None, "model")
+    assert params["layers"]["mlp"]["up"]["bias"].sharding.spec == P(None, "model")
+    assert params["layers"]["mlp"]["down"]["bias"].sharding.spec == P()
     alone = jax.device_put(jax.device_get(params), jax.devices()[0])
     batch = sharding.shard_batch({"tokens": tokens, "segments": jnp.ones_like(tokens)}, mesh)
     found = outcome(model, params, batch["tokens"], batch["segments"])

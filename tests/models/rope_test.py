@@ -47,3 +47,12 @@ def test_rotate_turns_pairs_of_halves(key, dtype, tolerance):
         )
         atol = 3 * (tolerance + position * 1e-7)  # an angle in float32 is off by half an ulp of itself
         np.testing.assert_allclose(found[row, column, head].astype(jnp.float32), expected, atol=atol)
+
+
+def test_channels_without_an_angle_stay(key):
+    x = jax.random.normal(key, (2, 4, 3, 8))
+    angle = rope.angles(jnp.asarray(POSITIONS), head_dim=4, theta=100.0)
+    found = rope.rotate(x, angle)
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(found[..., :4], rope.rotate(x[..., :4], angle))
+    np.testing.assert_array_equal(rope.rotate(x, jnp.zeros((2, 4, 4))), x)

@@ -7,6 +7,7 @@ import pytest
 from references import transformer as reference
 
 from alignax.models import segment_positions, segment_visibility
+from alignax.models.segments import within_window
 
 # A prompt (1) with two completions (2, 3), then a part of its own (4), then padding.
 SEGMENTS = [1, 1, 1, 2, 2, 3, 3, 3, 4, 0]
@@ -42,3 +43,22 @@ def test_against_the_loop(seed):
     positions, sees = reference.layout(segments.tolist(), parents.tolist())
     assert found.tolist() == positions
     assert [np.flatnonzero(row).tolist() for row in visible] == [sorted(row) for row in sees]
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 100])
+def test_a_window_counts_positions_not_columns(window):
+    """A completion's window reaches into its prompt, however far away that stands in the row."""
+    segments, parents = arrays(SEGMENTS, PARENTS)
+    positions = segment_positions(segments, parents)
+    found = within_window(segment_visibility(segments, parents), positions, positions, window)[0]
+    places, sees = reference.layout(SEGMENTS, PARENTS)
+    for i, seen in enumerate(sees):
+        assert np.flatnonzero(found[i]).tolist() == [
+            j for j in sorted(seen) if places[i] - places[j] < (window or 1000)
+        ]
+
+
+def test_a_window_over_the_slots_of_a_cache():
+    positions, slots = jnp.array([[5], [2]]), jnp.arange(8)[None].repeat(2, axis=0)
+    found = within_window(slots[:, None, :] <= positions[:, :, None], positions, slots, 3)
+    assert found[:, 0].astype(int).tolist() == [[0, 0, 0, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]]

@@ -14,7 +14,8 @@ import pytest
 from references import transformer as reference
 
 from alignax import models
-from alignax.models import Llama3Scaling, TransformerConfig
+from alignax.models import LayerKind, Llama3Scaling, TransformerConfig
+from alignax.models.transformer import _embed
 
 DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 LLAMA = TransformerConfig(
@@ -35,8 +36,24 @@ FAMILIES = {
     "llama3": (dataclasses.replace(LLAMA, rope_scaling=SCALING, tie_embeddings=True), SCALED),
     "qwen2": (dataclasses.replace(LLAMA, qkv_bias=True, tie_embeddings=True), None),
     "qwen3": (dataclasses.replace(LLAMA, qk_norm=True, head_dim=6, num_kv_heads=1), None),
+    "mistral": (dataclasses.replace(LLAMA, pattern=(LayerKind(window=3),)), None),
 }
 DIFFERENT = ["llama3", "qwen2", "qwen3"]  # where each switch is on once and off once
+# Kinds of layer that take turns with a remainder, and every switch that needs no other decoder.
+GEMMA = dataclasses.replace(
+    LLAMA,
+    num_layers=5,
+    pattern=(LayerKind(window=2, rope_theta=10.0), LayerKind(window=2, rope_theta=10.0), LayerKind(rotary=False)),
+    post_norm=True,
+    centred_scales=True,
+    attention_softcap=1.5,
+    logit_softcap=2.0,
+    attention_scalar=3.0,
+    scale_embeddings=True,
+)
+GPT2 = dataclasses.replace(
+    LLAMA, max_positions=8, learned_positions=True, layer_norm=True, mlp_bias=True, out_bias=True, gated_mlp=False
+)
 LENGTHS = (7, 4, 5)
 TOKENS = np.random.default_rng(3).integers(0, 19, (3, 7))
 SEGMENTS = (np.arange(7)[None, :] < np.array(LENGTHS)[:, None]).astype(np.int32)
@@ -84,6 +101,8 @@ def gradient(model, params, tokens, segments):
 def expected_logits(config, frequencies, params, tokens, segments=None, parents=None):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     positions, sees = reference.layout([1] * len(tokens) if segments is None else segments, parents)
+    window = config.pattern[0].window or len(tokens)
+    sees = [[j for j in seen if positions[j] > positions[i] - window] for i, seen in enumerate(sees)]
     numbers = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "eps": config.norm_eps}
     return reference.logits(params, tokens, positions=positions, sees=sees, frequencies=frequencies, **numbers)
 
@@ -265,6 +284,60 @@ def test_bfloat16_cache_and_gradient():
     assert np.linalg.norm(first[0] - expected[0]) < 0.05 * np.linalg.norm(expected[0])
     grads = gradient(model, params, TOKENS, SEGMENTS)
     assert all(leaf.dtype == jnp.bfloat16 and np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_layers_of_several_kinds_recompute_to_the_same_gradient():
+    params, grads = random_params(GEMMA), []
+    for remat in (None, DOTS):
+        model = transformer(dataclasses.replace(GEMMA, remat=remat))
+        grads.append(gradient(model, params, TOKENS, SEGMENTS))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads[-1]))
+    jax.tree.map(close, grads[1], grads[0])
+
+
+def test_more_layers_make_no_larger_program():
+    sizes = []
+    for layers in (5, 50):
+        model = transformer(dataclasses.replace(GEMMA, num_layers=layers))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        program = jax.make_jaxpr(lambda params: model.hidden(params, *map(jnp.asarray, (TOKENS, SEGMENTS))).states)(
+            shapes
+        )
+        sizes.append(len(str(program).splitlines()))
+    assert sizes[0] == sizes[1]
+
+
+def test_scaled_embeddings_are_rounded_to_the_compute_dtype_first():
+    """The square root of 3072 is 55.43, and 55.5 in bfloat16: the scale that Gemma was trained with."""
+    table = {"embed": {"embedding": jnp.full((19, 3072), 0.5)}}
+    config = dataclasses.replace(GEMMA, hidden_size=3072, dtype=jnp.bfloat16)
+    found = _embed(config, table, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
+    assert found.dtype == jnp.bfloat16 and np.all(np.asarray(found, np.float32) == 27.75)
+
+
+def test_a_row_longer_than_the_learned_positions_is_loud():
+    model, params = transformer(GPT2), random_params(GPT2)
+    tokens = jnp.ones((1, 9), jnp.int32)
+    with pytest.raises(ValueError, match="a prompt of 9 tokens; the model has 8 learned positions"):
+        model.hidden(params, tokens, tokens, cache=model.init_cache(1, 9))
+    assert np.all(np.isnan(forward(model, params, tokens, tokens)[0, 8]))
+    packed = forward(model, params, tokens, jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2]]))
+    assert np.all(np.isfinite(packed))
+
+
+@pytest.mark.parametrize("config", [GEMMA, GPT2])
+def test_init_of_norms_biases_and_positions(config):
+    params = jax.jit(transformer(config).init)(jax.random.key(0))
+    for path, leaf in leaves(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("scale"):
+            assert np.all(leaf == (0 if config.centred_scales else 1)), name
+        elif name.endswith("bias"):
+            assert np.all(leaf == 0), name
+    names = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves(params)}
+    assert names.get("positions/embedding") == ((8, 8) if config is GPT2 else None)
+    assert ("layers/mlp/gate/kernel" in names) == (config is GEMMA)
+    assert names.get("final_norm/bias") == ((8,) if config is GPT2 else None)
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
