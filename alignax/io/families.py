@@ -130,12 +130,14 @@ def _write(config: TransformerConfig, family: Family, source: Mapping[str, Any])
 
 
 def _usual_spelling(source: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    found = dict(source)
     for other, key in family.aliases.items():
-        if key in source and other in source and source[key] != source[other]:
-            raise ValueError(
-                f"config.json: {key} is {source[key]!r} and {other} is {source[other]!r}; keep one of them"
-            )
-    return {family.aliases.get(key, key): value for key, value in source.items()}
+        value = found.pop(other, None)
+        if value is not None and found.get(key) not in (None, value):
+            raise ValueError(f"config.json: {key} is {found[key]!r} and {other} is {value!r}; keep one of them")
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def _same_positions(config: TransformerConfig, family: Family, source: Mapping[str, Any]) -> bool:

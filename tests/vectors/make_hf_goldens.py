@@ -128,8 +128,19 @@ CASES = {
         None,
     ),
     "llama_biases": ("LlamaConfig", {**NARROW, "attention_bias": True, "mlp_bias": True}, None),
+    "mixtral": (
+        "MixtralConfig",
+        {**NARROW, "sliding_window": 6, "num_local_experts": 5, "num_experts_per_tok": 3},
+        None,
+    ),
+    # config.json as transformers 4 wrote it.
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {**NARROW, "head_dim": 8, "moe_intermediate_size": 8, "num_experts": 6, "num_experts_per_tok": 2},
+        {"num_experts": 6, "rope_theta": 10000.0, "rope_scaling": None},
+    ),
 }
-OLD_ABSENT = ("rope_parameters", "layer_types", "dtype", "transformers_version")
+OLD_ABSENT = ("rope_parameters", "layer_types", "dtype", "transformers_version", "num_local_experts")
 
 
 def randomise(model, generator):
@@ -171,8 +182,12 @@ def compute(folder, seed):
     tokens = rng.integers(3, SMALL["vocab_size"], (len(lengths), lengths.max()))
     valid = np.arange(lengths.max()) < lengths[:, None]
     tokens = np.where(valid, tokens, 0)
+    mask, aux = torch.tensor(valid.astype(np.int64)), {}
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor(tokens), attention_mask=torch.tensor(valid.astype(np.int64))).logits
+        if hasattr(model.config, "router_aux_loss_coef"):
+            out = model(input_ids=torch.tensor(tokens), attention_mask=mask, output_router_logits=True)
+            aux["load_balancing"] = out.aux_loss.numpy().astype(np.float32)
+        logits = model(input_ids=torch.tensor(tokens), attention_mask=mask).logits
         ids = torch.tensor(tokens[:1, :8])
         for _ in range(GREEDY):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -181,6 +196,7 @@ def compute(folder, seed):
         "lengths": lengths.astype(np.int32),
         "logits": np.where(valid[:, :, None], logits.numpy(), 0.0).astype(np.float32),
         "greedy": ids[0].numpy().astype(np.int32),
+        **aux,
     }
 
 
@@ -198,7 +214,8 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
-        "expected.npz": "tokens, lengths, logits (0 on padding), greedy: tokens[0, :8] and what argmax appends",
+        "expected.npz": "tokens, lengths, logits (0 on padding), greedy: tokens[0, :8] and what argmax appends; of a "
+        "mixture of experts load_balancing, its auxiliary loss",
     }
     (OUT / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
 
