@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from alignax.io import names
+from alignax.io.keys import positive, whole
 from alignax.io.tensors import Place
 
 Fields = Mapping[str, Any]
@@ -79,7 +80,7 @@ class Family(NamedTuple):
 
 
 def _after_first(values: Mapping[str, Any], layer: int) -> bool:
-    return layer >= values["max_window_layers"]
+    return layer >= whole(values, "max_window_layers")
 
 
 def _every_other(values: Mapping[str, Any], layer: int) -> bool:
@@ -88,7 +89,7 @@ def _every_other(values: Mapping[str, Any], layer: int) -> bool:
 
 
 def _but_each_last(values: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % values["sliding_window_pattern"] != 0
+    return (layer + 1) % positive(values, "sliding_window_pattern") != 0
 
 
 def _unrotated(values: Mapping[str, Any], layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""config.json as a `TransformerConfig` and back, by the table of architectures; nothing that moves a logit is ignored."""
+"""config.json as a `TransformerConfig` and back, by the table of architectures; what moves a logit is never ignored."""
 
 import dataclasses
 from collections.abc import Mapping

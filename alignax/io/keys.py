@@ -36,6 +36,34 @@ def positive(values: Values, key: str, default: Any = None, *, kind: type = int)
     return kind(value)
 
 
+def whole(values: Values, key: str) -> int:
+    """An int from 0.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    value = values.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"config.json: {key} is {value!r}; expected an int from 0")
+    return value
+
+
+def listed(values: Values, key: str, length: int) -> list[Any] | None:
+    """A list with an entry for each layer; None for an absent key or null.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"config.json: {key} is {value!r}; expected a list")
+    if len(value) != length:
+        raise ValueError(f"config.json: {key} has {len(value)} entries; the model has {length} layers")
+    return list(value)
+
+
 def optional(values: Values, key: str, *, kind: type = float) -> Any:
     """The same, but None for an absent key or null."""
     return None if values.get(key) is None else positive(values, key, kind=kind)

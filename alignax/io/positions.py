@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignax.io.architectures import Family, RopeKeys
-from alignax.io.keys import Values, flag, optional, positive
+from alignax.io.keys import Values, flag, listed, optional, positive
 from alignax.models import LayerKind, TransformerConfig, rope
 
 _ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings")
@@ -24,7 +24,7 @@ def read(values: Values, family: Family) -> dict[str, Any]:
     Raises:
       ValueError: naming the key, for what the decoder does not do or what does not fit together.
     """
-    fields, local_theta = ({}, None) if family.rope is None else _read_rope(values, family.rope)
+    fields, local_theta = ({}, None) if family.rope is None else _read_rope(values, family, family.rope)
     return {**fields, "pattern": _read_pattern(values, family, local_theta)}
 
 
@@ -43,12 +43,16 @@ def keys(family: Family) -> set[str]:
     return {*_ROPE_KEYS, *_PATTERN_KEYS, *family.layer_keys, "layer_types", *own}
 
 
-def _read_rope(values: Values, names: RopeKeys) -> tuple[dict[str, Any], float | None]:
+def _read_rope(values: Values, family: Family, names: RopeKeys) -> tuple[dict[str, Any], float | None]:
     new, old = values.get("rope_parameters"), values.get("rope_scaling")
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(key) or {}, Mapping):
+            raise ValueError(f"config.json: {key} is {values[key]!r}; expected an object or null")
     if new and old and new != old:
         raise ValueError(f"config.json: rope_parameters {new} and rope_scaling {old} do not agree; keep one of them")
     new, local = (new, {}) if names.local is None else _local_rope(new)
-    found = {"rope_theta": values.get(names.theta) or 10_000.0, **(new or old or {})}
+    theta = values.get(names.theta)
+    found = {"rope_theta": family.defaults[names.theta] if theta is None else theta, **(new or old or {})}
     if any(isinstance(value, Mapping) for value in found.values()):
         raise ValueError(f"config.json: RoPE parameters that differ by kind of layer are not supported: {new or old}")
     key = "partial_rotary_factor"
@@ -151,11 +155,9 @@ def _read_pattern(values: Values, family: Family, local_theta: float | None) -> 
 
 
 def _read_layer_types(values: Values, usual: Sequence[bool], *, free: bool) -> Sequence[bool]:
-    types = values.get("layer_types")
+    types = listed(values, "layer_types", len(usual))
     if types is None:
         return usual
-    if len(types) != len(usual):
-        raise ValueError(f"config.json: layer_types has {len(types)} entries; the model has {len(usual)} layers")
     for found, local in zip(types, usual):
         expected = tuple(_NAMES.values()) if free else (_NAMES[local],)
         if found not in expected:
@@ -164,12 +166,12 @@ def _read_layer_types(values: Values, usual: Sequence[bool], *, free: bool) -> S
 
 
 def _read_rotary(values: Values, layers: int) -> list[bool]:
-    given = values.get("no_rope_layers")
+    given = listed(values, "no_rope_layers", layers)
     if given is None:
         interval = positive(values, "no_rope_layer_interval")
         return [(layer + 1) % interval != 0 for layer in range(layers)]
-    if len(given) != layers or not set(given) <= {0, 1}:
-        raise ValueError(f"config.json: no_rope_layers is {given}; expected 0 or 1 for each of {layers} layers")
+    if any(turns not in (0, 1) for turns in given):
+        raise ValueError(f"config.json: no_rope_layers is {given}; expected 0 or 1 for each layer")
     return [bool(turns) for turns in given]
 
 

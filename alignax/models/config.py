@@ -22,7 +22,7 @@ class LayerKind(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """A decoder. Llama needs no switch, Qwen 2 and 2.5 `qkv_bias`, Qwen 3 `qk_norm`; `io.families` has the others."""
+    """A decoder. Llama needs no switch, Qwen 2 `qkv_bias`, Qwen 3 `qk_norm`; `io.architectures` has the others."""
 
     vocab_size: int
     hidden_size: int

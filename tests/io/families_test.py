@@ -73,6 +73,7 @@ def test_llama_with_everything_optional_left_out():
 def test_null_is_the_same_as_absent():
     nulls = ("num_key_value_heads", "head_dim", "rope_scaling", "rope_theta", "rope_parameters", "layer_types")
     assert read(LLAMA | dict.fromkeys(nulls)) == read(LLAMA)
+    assert read(SMOLLM3 | dict.fromkeys(("rope_theta", "no_rope_layers"))) == read(SMOLLM3)
 
 
 def test_what_transformers_assumes_when_keys_are_absent():
@@ -240,7 +241,16 @@ def test_spellings_of_rope(keys, theta, scaling):
         ),
         (PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope type 'longrope' is not supported"),
         (PHI3 | {"partial_rotary_factor": 0.3}, "head_dim=4; rotary embedding needs an even number of channels"),
-        (SMOLLM3 | {"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]; expected 0 or 1 for each of 3 layers"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries; the model has 3 layers"),
+        (SMOLLM3 | {"no_rope_layers": [1, 2, 0]}, r"no_rope_layers is \[1, 2, 0\]; expected 0 or 1 for each layer"),
+        (GEMMA2 | {"layer_types": "full_attention"}, "layer_types is 'full_attention'; expected a list"),
+        (GEMMA3 | {"sliding_window_pattern": 0}, "sliding_window_pattern is 0; expected a positive int"),
+        (
+            QWEN2 | {"use_sliding_window": True, "max_window_layers": -1},
+            "max_window_layers is -1; expected an int from 0",
+        ),
+        (MISTRAL | {"sliding_window": -1}, "sliding_window is -1; expected a positive int"),
+        (LLAMA | {"rope_parameters": [1]}, r"rope_parameters is \[1\]; expected an object or null"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         (GPT2 | {"add_cross_attention": True}, "add_cross_attention is True"),
         (GPT_NEOX | {"use_parallel_residual": None}, "use_parallel_residual is None; expected true or false"),
@@ -301,6 +311,28 @@ def test_layer_types_follow_the_number_of_layers():
     config = read(QWEN2 | {"layer_types": ["full_attention"] * 3})
     written = families.write_config(dataclasses.replace(config, num_layers=2), dtype=jnp.float32, ids={})
     assert written["layer_types"] == ["full_attention"] * 2 and written["num_hidden_layers"] == 2
+
+
+def test_a_decoder_that_its_family_cannot_say_becomes_another():
+    config = dataclasses.replace(read(LLAMA | {"rope_theta": 7.0, "eos_token_id": 3}), pattern=(WINDOW,))
+    written = families.write_config(config, dtype=jnp.float32, ids={})
+    assert written["architectures"] == ["MistralForCausalLM"] and written["eos_token_id"] == 3
+    assert read(written) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pattern": (WINDOW, LayerKind(window=6))}, {"logit_softcap": 3.0}, {"parallel": True}],
+)
+def test_a_decoder_that_no_family_can_say_is_refused(change):
+    with pytest.raises(ValueError, match=f"no Hugging Face architecture in the table has .*{next(iter(change))}"):
+        families.tensor_names(dataclasses.replace(read(LLAMA | {"head_dim": 10}), **change))
+
+
+def test_an_activation_without_a_name_is_refused():
+    config = dataclasses.replace(read(LLAMA), activation=jnp.tanh)
+    with pytest.raises(ValueError, match=r"has no name in config\.json; named: silu"):
+        families.write_config(config, dtype=jnp.float32, ids={})
 
 
 def test_scaling_without_a_name_is_refused():
