@@ -159,3 +159,24 @@ def test_folder_without_weights(folder):
 def test_leaf_without_a_tensor_name():
     with pytest.raises(ValueError, match="parameter 'a/b' has no tensor name; named: \\['c'\\]"):
         tensors.plan({"a": {"b": np.ones(2)}}, {"c": "C"})
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_parts_of_a_fused_tensor_alternate_group_by_group(tmp_path, transposed):
+    """Two layers, inputs of 3, four groups of a query, a key and a value of two channels each."""
+    shape = (24, 3) if transposed else (3, 24)
+    stored = [np.arange(72, dtype=np.float32).reshape(shape) + 100 * layer for layer in range(2)]
+    save_file({f"{layer}.qkv": value for layer, value in enumerate(stored)}, tmp_path / "model.safetensors")
+    places = {name: tensors.Place("{}.qkv", transposed=transposed, groups=4) for name in "qkv"}
+    leaves = tensors.plan({name: np.zeros((2, 3, 8), np.float32) for name in "kqv"}, places)
+    with tensors.open_folder(tmp_path) as found:
+        tensors.check(tmp_path, leaves, found)
+        arrays = [np.asarray(tensors.read(leaf, found, None)) for leaf in leaves]
+    for leaf, array in zip(leaves, arrays):
+        for layer, value in enumerate(stored):
+            grouped = (value.T if transposed else value).reshape(3, 4, 3, 2)
+            np.testing.assert_array_equal(array[layer].reshape(3, 4, 2), grouped[:, :, "qkv".index(leaf.path)])
+    (tmp_path / "out").mkdir()
+    tensors.write(tmp_path / "out", leaves, arrays, 10**9)
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert all(np.array_equal(again[f"{layer}.qkv"], value) for layer, value in enumerate(stored)) and len(again) == 2
