@@ -3,6 +3,7 @@
 from alignax.data import batching as batching
 from alignax.data import chat as chat
 from alignax.data import formats as formats
+from alignax.data import masks as masks
 from alignax.data import text as text
 from alignax.data import truncation as truncation
 from alignax.data.batching import Position as Position
@@ -21,6 +22,7 @@ from alignax.data.sources import read as read
 from alignax.data.tokens import TokenPair as TokenPair
 from alignax.data.tokens import TokenPrompt as TokenPrompt
 from alignax.data.tokens import TokenRow as TokenRow
+from alignax.data.tokens import same_vocabulary as same_vocabulary
 from alignax.data.tokens import tokenize_example as tokenize_example
 from alignax.data.tokens import tokenize_pair as tokenize_pair
 from alignax.data.tokens import tokenize_prompt as tokenize_prompt

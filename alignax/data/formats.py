@@ -1,8 +1,8 @@
 """What a row means: the field's formats, each a function from a `Row` to an `Example`, a `Pair` or a `Prompt`.
 
 `parse` picks the format by the columns of the first row, or takes the one it is given. The prompt and the completions
-of a row are all texts, or all lists of messages. Columns that a format does not use stay with the row, for rewards
-and weights.
+of a row are all texts, or all lists of messages. Beside messages, the column `tools` lists what the assistant may call,
+and `system` is what comes first. Columns that a format does not use stay with the row, for rewards and weights.
 """
 
 from collections import Counter
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
 
-from alignax.data.messages import Content, read_content, read_messages, read_text, said, shared_length
+from alignax.data.messages import Content, Message, read_content, read_messages, read_text, said, shared_length
 from alignax.data.rows import BadRow, Row, collect
+from alignax.data.tools import Tool, read_tools
 
 
 class Example(NamedTuple):
@@ -21,6 +22,7 @@ class Example(NamedTuple):
     prompt: Content
     completion: Content
     columns: dict[str, Any]
+    tools: list[Tool] | None = None
 
 
 class Pair(NamedTuple):
@@ -31,6 +33,7 @@ class Pair(NamedTuple):
     chosen: Content
     rejected: Content
     columns: dict[str, Any]
+    tools: list[Tool] | None = None
 
 
 class Prompt(NamedTuple):
@@ -39,6 +42,7 @@ class Prompt(NamedTuple):
     where: str
     prompt: Content
     columns: dict[str, Any]
+    tools: list[Tool] | None = None
 
 
 Format = Callable[[Row], Any]
@@ -55,28 +59,34 @@ def prompt_completion(row: Row) -> Example:
     (prompt, completion), columns = _take(row, "prompt", "completion")
     prompt, completion = read_content(row, "prompt", prompt), read_content(row, "completion", completion)
     prompt, (completion,) = _match(row, prompt, completion)
-    return Example(row.where, prompt, completion, columns)
+    return Example(row.where, prompt, completion, columns, _tools(row, prompt, columns))
 
 
 def instruction(row: Row) -> Example:
-    """`instruction`, `input` (may be empty or absent), `output`: a user's message, then the assistant's."""
+    """`instruction`, `input` and `system` (both may be empty or absent), `output`: one question and its answer."""
     (request, output), columns = _take(row, "instruction", "output")
     request, given = read_text(row, "instruction", request), columns.pop("input", None)
     request = f"{request}\n{read_text(row, 'input', given)}" if given else request
-    return Example(row.where, [said("user", request)], [said("assistant", read_text(row, "output", output))], columns)
+    talk = _with_system(row, [said("user", request)], columns)
+    reply = [said("assistant", read_text(row, "output", output))]
+    return Example(row.where, talk, reply, columns, _tools(row, talk, columns))
 
 
 def messages(row: Row) -> Example:
-    """`messages`, or ShareGPT's `conversations`: the completion is the last message, the assistant's."""
+    """`messages`, or ShareGPT's `conversations`: the completion is the last message, the assistant's.
+
+    Where that one goes on from what tools said, the completion starts with the assistant's message that called them.
+    """
     (value,), columns = _take(row, "conversations" if "conversations" in row.fields else "messages")
-    talk = read_messages(row, "messages", value)
-    if columns.get("system"):  # ShareGPT keeps it beside the conversation
-        talk = [said("system", read_text(row, "system", columns.pop("system"))), *talk]
+    talk = _with_system(row, read_messages(row, "messages", value), columns)
     if talk[-1]["role"] != "assistant":
         raise BadRow(row.where, "no reply", f"the last of {len(talk)} messages is the {talk[-1]['role']}'s")
-    if all(message["role"] == "system" for message in talk[:-1]):
-        raise BadRow(row.where, "empty prompt", "the assistant's message is the only one")
-    return Example(row.where, talk[:-1], talk[-1:], columns)
+    start = len(talk) - 1
+    while start and (talk[start - 1].get("tool_calls") or "tool" in (talk[start - 1]["role"], talk[start]["role"])):
+        start -= 1
+    if all(message["role"] == "system" for message in talk[:start]):
+        raise BadRow(row.where, "empty prompt", "nothing comes before the assistant's first message")
+    return Example(row.where, talk[:start], talk[start:], columns, _tools(row, talk, columns))
 
 
 def prompts(row: Row) -> Prompt:
@@ -85,7 +95,7 @@ def prompts(row: Row) -> Prompt:
     prompt = read_content(row, "prompt", prompt)
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise BadRow(row.where, "prompt already answered", "its last message is the assistant's")
-    return Prompt(row.where, prompt, columns)
+    return Prompt(row.where, prompt, columns, _tools(row, prompt, columns))
 
 
 def pairs(row: Row, *, marker: str = "\n\nAssistant:") -> Pair:
@@ -123,7 +133,9 @@ def pairs(row: Row, *, marker: str = "\n\nAssistant:") -> Pair:
             row.where, "no prompt", f"no prompt column, and chosen and rejected share no message or {marker!r}"
         )
     prompt, (chosen, rejected) = _match(row, prompt, chosen, rejected)
-    return Pair(row.where, prompt, chosen, rejected, columns)
+    if explicit == ["conversations"] and isinstance(prompt, list):
+        prompt = _with_system(row, prompt, columns)
+    return Pair(row.where, prompt, chosen, rejected, columns, _tools(row, prompt, columns))
 
 
 # A row is in the first format all of whose columns it has.
@@ -161,7 +173,12 @@ def rename(row: Row, columns: dict[str, str]) -> Row:
 
 
 def parse(
-    rows: Iterable[Row], format: Format | None = None, *, columns: dict[str, str] | None = None, drop: bool = False
+    rows: Iterable[Row],
+    format: Format | None = None,
+    *,
+    columns: dict[str, str] | None = None,
+    drop: bool = False,
+    note: Callable[[BadRow], None] | None = None,
 ) -> tuple[list, Counter[str]]:
     """The rows as `Example`s, `Pair`s or `Prompt`s, and how many were left out, by reason.
 
@@ -171,19 +188,31 @@ def parse(
       columns: old name to new name, applied first.
       drop: False raises `BadRow` at the first bad row (a missing field, an empty prompt or completion, a pair whose
         sides are equal, ...); True leaves such rows out and counts them.
+      note: is given the error of each row left out.
     """
     rows = iter(rows)
     first = next(rows, None)
     if first is None:
         raise ValueError("the source has no rows")
     format = format or detect(rename(first, columns or {}))
-    return collect(lambda row: format(rename(row, columns or {})), chain([first], rows), drop=drop)
+    return collect(lambda row: format(rename(row, columns or {})), chain([first], rows), drop=drop, note=note)
 
 
 def _take(row: Row, *names: str) -> tuple[list, dict[str, Any]]:
     if any(name not in row.fields for name in names):
         raise BadRow(row.where, "missing field", f"expected {list(names)}, found {sorted(row.fields)}")
     return [row.fields[name] for name in names], {k: v for k, v in row.fields.items() if k not in names}
+
+
+def _with_system(row: Row, talk: list[Message], columns: dict[str, Any]) -> list[Message]:
+    # ShareGPT and LLaMA-Factory keep it beside the conversation.
+    value = columns.pop("system", None)
+    return [said("system", read_text(row, "system", value)), *talk] if value else talk
+
+
+def _tools(row: Row, prompt: Content, columns: dict[str, Any]) -> list[Tool] | None:
+    # Beside a text the column is anything the user likes.
+    return read_tools(row, columns) if isinstance(prompt, list) else None
 
 
 def _match(row: Row, prompt: Content, *completions: Content) -> tuple[Content, list[Content]]:

@@ -32,13 +32,16 @@ class Dropped(BadRow):
     """A row that the caller asked to leave out (`truncation.drop`): counted, never raised by `collect`."""
 
 
-def collect(function: Callable, rows: Iterable, *, drop: bool = False) -> tuple[list, Counter[str]]:
+def collect(
+    function: Callable, rows: Iterable, *, drop: bool = False, note: Callable[[BadRow], None] | None = None
+) -> tuple[list, Counter[str]]:
     """`[function(row) for row in rows]` and, by reason, the number of rows left out.
 
     Args:
       function: from one row to one row; raises `BadRow` where it cannot.
       rows: anything iterable.
       drop: False lets the first `BadRow` through; True leaves such rows out and counts them.
+      note: is given the error of each row left out, which names the row.
     """
     kept, dropped = [], Counter()
     for row in rows:
@@ -48,6 +51,8 @@ def collect(function: Callable, rows: Iterable, *, drop: bool = False) -> tuple[
             if not (drop or isinstance(error, Dropped)):
                 raise
             dropped[error.reason] += 1
+            if note:
+                note(error)
     return kept, dropped
 
 

@@ -71,7 +71,20 @@ def _read_object(source: Any, split: str | None, name: str = "row") -> Iterator[
         raise ValueError(f"{name}: split={split!r} was asked of a source without splits")
     if not isinstance(source, Iterable):
         raise TypeError(f"expected a path, a hub id, a data set or an iterable of dicts, got {type(source).__name__}")
-    return (_row(f"{name}[{i}]", fields) for i, fields in enumerate(source))
+    arrow = type(source).__module__.split(".")[0] == "datasets"
+    rows = (_without_fillers(fields) if arrow else fields for fields in source)
+    return (_row(f"{name}[{i}]", fields) for i, fields in enumerate(rows))
+
+
+def _without_fillers(fields: Any) -> Any:
+    """A row without the nulls that Arrow puts into its messages and tools, where others have keys that these lack."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items() if inner is not None}
+        return [clean(inner) for inner in value] if isinstance(value, list) else value
+
+    return {name: clean(value) for name, value in fields.items()}
 
 
 def _read_hub(name: str, split: str | None) -> Iterator[Row]:
@@ -169,7 +182,7 @@ def _read_parquet(path: Path, separator: str | None) -> Iterator[Row]:
         index = 0
         for batch in file.iter_batches(batch_size=1024):
             for fields in batch.to_pylist():
-                yield _row(f"{path}[{index}]", fields)
+                yield _row(f"{path}[{index}]", _without_fillers(fields))
                 index += 1
 
 

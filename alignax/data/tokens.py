@@ -5,15 +5,16 @@ completion continues exactly these ids. Texts are never searched for special tok
 characters, not the end of the row; in messages, where the template's special tokens must count, it is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignax.data import chat
+from alignax.data import chat, masks
 from alignax.data.formats import Example, Pair, Prompt
-from alignax.data.messages import Content
+from alignax.data.messages import Content, check_characters
 from alignax.data.rows import BadRow
+from alignax.data.tools import Tool
 from alignax.data.truncation import refuse
 
 Tokenizer = Any  # a transformers.PreTrainedTokenizerFast
@@ -62,10 +63,13 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Content, *, where: str = "prompt") -> list[int]:
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Content, *, tools: Sequence[Tool] | None = None, where: str = "prompt"
+) -> list[int]:
     """The ids to sample from: BOS, if the tokenizer adds one, and the text; or the messages, up to the reply."""
     if not isinstance(prompt, str):
-        return chat.encode(tokenizer, prompt, reply=True, where=where)
+        return chat.encode(tokenizer, prompt, tools=tools, reply=True, where=where)
+    check_characters(where, prompt)
     return _bos(tokenizer) + encode_text(tokenizer, prompt)
 
 
@@ -102,6 +106,7 @@ def tokenize_example(
     truncate: Truncate = refuse,
     eos: bool = True,
     every_turn: bool = False,
+    masks: chat.Masks = masks.automatic,
 ) -> TokenRow:
     """The training row of an example, at most `limit` tokens.
 
@@ -112,24 +117,31 @@ def tokenize_example(
       truncate: one of `truncation`, applied to longer rows.
       eos: whether rows end with the tokenizer's EOS, trained on; a template that closes the turn itself, with EOS or
         another special token, is left as it is.
-      every_turn: for messages, whether the assistant's earlier messages are trained on too.
+      every_turn: for messages, whether the assistant's messages in the prompt are trained on too.
+      masks: for messages, how its turns are found: one of `alignax.data.masks`.
 
     Raises:
-      BadRow: too long, nothing left to train on, or what `chat.encode_turns` refuses.
+      BadRow: too long, nothing left to train on, half a surrogate pair, or what `chat.encode_turns` refuses.
     """
-    row = _whole(tokenizer, example.where, example.prompt, example.completion, eos=eos, every_turn=every_turn)
-    (row,) = _shorten(example.where, [row], limit, truncate)
+    row = _whole(tokenizer, example, example.completion, eos=eos, every_turn=every_turn, masks=masks)
+    (row,) = shorten(example.where, [row], limit, truncate)
     return row
 
 
 def tokenize_pair(
-    tokenizer: Tokenizer, pair: Pair, *, limit: int, truncate: Truncate = refuse, eos: bool = True
+    tokenizer: Tokenizer,
+    pair: Pair,
+    *,
+    limit: int,
+    truncate: Truncate = refuse,
+    eos: bool = True,
+    masks: chat.Masks = masks.automatic,
 ) -> TokenPair:
     """The two training rows of a pair, at most `limit` tokens each; arguments and errors of `tokenize_example`."""
-    sides = [_whole(tokenizer, pair.where, pair.prompt, side, eos=eos) for side in (pair.chosen, pair.rejected)]
+    sides = [_whole(tokenizer, pair, side, eos=eos, masks=masks) for side in (pair.chosen, pair.rejected)]
     if np.array_equal(sides[0].tokens, sides[1].tokens):
         raise BadRow(pair.where, "chosen equals rejected", "their tokens are the same")
-    chosen, rejected = _shorten(pair.where, sides, limit, truncate)
+    chosen, rejected = shorten(pair.where, sides, limit, truncate)
     if np.array_equal(chosen.tokens, rejected.tokens):
         raise BadRow(pair.where, "nothing left", f"chosen and rejected are equal once cut to {limit} tokens")
     return TokenPair(chosen, rejected)
@@ -137,7 +149,7 @@ def tokenize_pair(
 
 def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt, *, limit: int, truncate: Truncate = refuse) -> TokenPrompt:
     """The ids of a prompt, at most `limit`; arguments and errors of `tokenize_example`."""
-    ids = encode_prompt(tokenizer, prompt.prompt, where=prompt.where)
+    ids = encode_prompt(tokenizer, prompt.prompt, tools=prompt.tools, where=prompt.where)
     if len(ids) > limit:
         ids = ids[truncate(prompt.where, len(ids), limit)]
     if not ids:
@@ -146,14 +158,28 @@ def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt, *, limit: int, truncat
 
 
 def _whole(
-    tokenizer: Tokenizer, where: str, prompt: Content, completion: Content, *, eos: bool, every_turn: bool = False
+    tokenizer: Tokenizer,
+    row: Example | Pair,
+    completion: Content,
+    *,
+    eos: bool,
+    masks: chat.Masks,
+    every_turn: bool = False,
 ) -> TokenRow:
+    where, prompt = row.where, row.prompt
     if isinstance(prompt, str) and isinstance(completion, str):
+        check_characters(where, prompt + completion)
         head, rest = encode_texts(tokenizer, prompt, completion)
         ids, mask = head + rest, [False] * len(head) + [True] * len(rest)
     elif isinstance(prompt, list) and isinstance(completion, list):
-        first = 0 if every_turn else len(prompt)
-        ids, mask = chat.encode_turns(tokenizer, prompt + completion, first=first, where=where)
+        ids, mask = chat.encode_turns(
+            tokenizer,
+            prompt + completion,
+            first=0 if every_turn else len(prompt),
+            tools=row.tools,
+            masks=masks,
+            where=where,
+        )
     else:
         raise TypeError(f"{where}: prompt and completion must both be texts or both be messages")
     trained = [i for i, on in zip(ids, mask) if on]
@@ -164,7 +190,8 @@ def _whole(
     return TokenRow(np.array(ids, np.int32), np.array(mask, bool))
 
 
-def _shorten(where: str, rows: list[TokenRow], limit: int, truncate: Truncate) -> list[TokenRow]:
+def shorten(where: str, rows: list[TokenRow], limit: int, truncate: Truncate) -> list[TokenRow]:
+    """The rows of one prompt with at most `limit` tokens each; BadRow where nothing is left to train on."""
     longest = max(row.length for row in rows)
     kept = truncate(where, longest, limit) if longest > limit else slice(0, longest)
     # The first token is predicted from nothing; and what a pair shares is its prompt, which must not be cut away.
@@ -176,3 +203,18 @@ def _shorten(where: str, rows: list[TokenRow], limit: int, truncate: Truncate) -
     if not all(row.mask.any() for row in rows):
         raise BadRow(where, "nothing left", f"no token to train on among the {limit} kept of {longest}")
     return rows
+
+
+def same_vocabulary(first: Tokenizer, second: Tokenizer) -> None:
+    """Raises ValueError, with the first token that differs and both sizes, unless all ids mean the same in both.
+
+    A model scores the ids of another (a reward model its policy's) only where this holds.
+    """
+    one, other = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (first, second))
+    at = next((i for i in sorted(one.keys() | other.keys()) if one.get(i) != other.get(i)), None)
+    if at is not None:
+        got, wanted = (repr(side[at]) if at in side else "absent" for side in (one, other))
+        raise ValueError(
+            f"the vocabularies differ: token {at} is {got} in the first, of {len(one)} tokens, and {wanted} in the "
+            f"second, of {len(other)}"
+        )

@@ -1,5 +1,7 @@
 """Tokenizers small enough to write their ids out by hand: one character, one token."""
 
+import pathlib
+import re
 import string
 
 import pytest
@@ -12,11 +14,12 @@ CHATML = (
     "{% for m in messages %}<|start|>{{ m.role[0] }}:{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>a:{% endif %}"
 )
+TEMPLATES = {path.stem: path.read_text() for path in (pathlib.Path(__file__).parent / "templates").glob("*.jinja")}
 
 
-def build(vocabulary, merges=(), *, bos=True, normalizer=None, pre_tokenizer=None, decoder=None):
+def build(vocabulary, merges=(), *, bos=True, special=SPECIAL, normalizer=None, pre_tokenizer=None, decoder=None):
     """A fast tokenizer whose ids are the special tokens, then the vocabulary in order, then what the merges make."""
-    entries = SPECIAL + list(vocabulary) + [left + right for left, right in merges]
+    entries = list(special) + list(vocabulary) + [left + right for left, right in merges]
     model = models.BPE({entry: i for i, entry in enumerate(entries)}, list(merges), unk_token="<unk>")
     core = Tokenizer(model)
     if normalizer is not None:
@@ -27,7 +30,11 @@ def build(vocabulary, merges=(), *, bos=True, normalizer=None, pre_tokenizer=Non
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>", extra_special_tokens=SPECIAL[3:]
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=list(special[3:]),
     )
 
 
@@ -72,3 +79,19 @@ def bytewise():
         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         decoder=decoders.ByteLevel(),
     )
+
+
+@pytest.fixture(scope="session")
+def family():
+    """Tokenizers of one character a token with the chat template of a family of models, and its special tokens."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            found = re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>|\[/?INST\]", TEMPLATES[name])
+            found += ["<|user|>", "<|assistant|>"] if name == "phi3" else []
+            made[name] = build(CHARACTERS, special=[*SPECIAL[:3], *dict.fromkeys(found)])
+            made[name].chat_template = TEMPLATES[name]
+        return made[name]
+
+    return get

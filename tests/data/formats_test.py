@@ -9,6 +9,11 @@ USER, REPLY, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("a
 SYSTEM = {"role": "system", "content": ""}
 
 
+def call(name, arguments, **rest):
+    tool_call = {**rest, "type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [tool_call]}
+
+
 def one(fields, format=None, **options):
     ((row,), dropped) = parse([Row(W, fields)], format, **options)
     assert not dropped
@@ -32,7 +37,75 @@ GOOD = {
     ),
     "tool call": (
         {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]},
-        Example(W, [USER], [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}], {}),
+        Example(W, [USER], [call("f", {})], {}),
+    ),
+    "tools": (
+        {"messages": [USER, REPLY], "tools": [{"name": "f"}], "id": 7},
+        Example(W, [USER], [REPLY], {"id": 7}, [{"type": "function", "function": {"name": "f"}}]),
+    ),
+    "tools of texts are any column": (
+        {"prompt": "a", "completion": "b", "tools": "hammer"},
+        Example(W, "a", "b", {"tools": "hammer"}),
+    ),
+    "tools of a prompt": (
+        {"prompt": [USER], "tools": '[{"name": "f"}]'},
+        Prompt(W, [USER], {}, [{"type": "function", "function": {"name": "f"}}]),
+    ),
+    "tools of a pair": (
+        {"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER], "tools": "[]"},
+        Pair(W, [USER], [REPLY], [OTHER], {}, None),
+    ),
+    "a reply that goes on from what tools said": (
+        {
+            "messages": [
+                *(USER, REPLY, USER),
+                call("f", {}, id="x1"),
+                {"role": "tool", "content": "", "tool_call_id": "x1"},
+                {"role": "tool", "content": "?", "tool_call_id": "x2"},
+                REPLY,
+            ]
+        },
+        Example(
+            W,
+            [USER, REPLY, USER],
+            [
+                call("f", {}, id="x1"),
+                {"role": "tool", "content": "", "tool_call_id": "x1", "name": "f"},
+                {"role": "tool", "content": "?", "tool_call_id": "x2"},
+                REPLY,
+            ],
+            {},
+        ),
+    ),
+    "ShareGPT calls": (
+        {
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": "{\\"a\\": 1}"}'},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "yo"},
+            ],
+            "tools": '[{"name": "f"}]',
+        },
+        Example(
+            W,
+            [USER],
+            [call("f", {"a": 1}), {"role": "tool", "content": "3", "name": "f"}, REPLY],
+            {},
+            [{"type": "function", "function": {"name": "f"}}],
+        ),
+    ),
+    "a call without content": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+        Example(W, [USER], [call("f", {})], {}),
+    ),
+    "system beside an instruction": (
+        {"instruction": "hi", "output": "yo", "system": "be brief"},
+        Example(W, [{"role": "system", "content": "be brief"}, USER], [REPLY], {}),
+    ),
+    "system beside the conversation of a pair": (
+        {"conversations": [USER], "chosen": REPLY, "rejected": OTHER, "system": "be brief"},
+        Pair(W, [{"role": "system", "content": "be brief"}, USER], [REPLY], [OTHER], {}),
     ),
     "instruction": ({"instruction": "hi", "input": "", "output": "yo"}, Example(W, [USER], [REPLY], {})),
     "instruction with input": (
@@ -107,10 +180,19 @@ BAD = {
     "no message": ({"messages": ["hi"]}, "must be a list of messages, got list"),
     "no role": ({"messages": [{"content": "a"}]}, r"messages\[0\] needs role and content, found \['content'\]"),
     "unknown speaker": ({"conversations": [{"from": "bot", "value": "a"}]}, "is from 'bot'; known are"),
+    "tools that are none": ({"messages": [USER, REPLY], "tools": "hammer"}, "tools is not valid JSON"),
+    "call that is none": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": "f()"}]},
+        r"messages\[1\], its call, is not valid JSON",
+    ),
+    "only tools before the reply": (
+        {"messages": [call("f", {}), {"role": "tool", "content": "3"}, REPLY]},
+        "empty prompt: nothing comes before the assistant's first message",
+    ),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "a part that is no text"),
     "number": ({"messages": [{"role": "user", "content": 3}]}, "must be texts, got 'user', 3"),
     "user has the last word": ({"messages": [USER, REPLY, USER]}, "no reply: the last of 3 messages is the user's"),
-    "reply alone": ({"messages": [REPLY]}, "empty prompt: the assistant's message is the only one"),
+    "reply alone": ({"messages": [REPLY]}, "empty prompt: nothing comes before the assistant's first message"),
     "answered prompt": ({"prompt": [USER, REPLY]}, "prompt already answered"),
     "user completes": ({"prompt": [USER], "completion": [USER]}, r"no reply: .* got \['user'\]"),
     "equal pair": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected"),

@@ -89,6 +89,20 @@ def test_parquet(tmp_path):
         list(read(write(tmp_path, "bad.parquet", "PAR?")))
 
 
+def test_nulls_that_arrow_fills_in_are_taken_out(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
+    calls = [{"name": name, "arguments": {name: 1}} for name in "ab"]
+    rows = [{"messages": [{"role": "x", "content": None, "tool_calls": [call]}], "score": None} for call in calls]
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.Table.from_pylist(rows)
+    assert table.to_pylist()[0]["messages"][0]["tool_calls"][0]["arguments"] == {"a": 1, "b": None}
+    parquet.write_table(table, path)
+    expected = [{"messages": [{"role": "x", "tool_calls": [call]}], "score": None} for call in calls]
+    assert fields(read(path)) == expected
+    assert fields(read(datasets.Dataset(table))) == expected
+
+
 def test_text_by_line_by_paragraph_and_whole(tmp_path):
     path = write(tmp_path, "some.txt", "one\ntwo\n\n\nthree\n")
     assert list(read(path)) == [Row(f"{path}:{n}", {"text": t}) for n, t in ((1, "one"), (2, "two"), (5, "three"))]

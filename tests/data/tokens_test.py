@@ -13,8 +13,10 @@ from alignax.data import (
     Pair,
     Prompt,
     collect,
+    masks,
     parse,
     read,
+    same_vocabulary,
     tokenize_example,
     tokenize_pair,
     tokenize_prompt,
@@ -104,6 +106,52 @@ def test_eos_follows_messages_whose_template_closes_nothing(tokenizer, ids):
     open_ended.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
     row = tokenize_example(open_ended, example([USER], [REPLY]), limit=99)
     assert plain(row) == (ids("hi;yo;$"), mask("...xxxx"))
+
+
+def test_tools_reach_the_template(family):
+    tokenizer, tools = family("chatml"), [{"type": "function", "function": {"name": "f"}}]
+    shown = tokenizer.decode(encode_prompt(tokenizer, [USER], tools=tools))
+    assert shown.startswith('<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "f"}}<|im_end|>')
+    start = tokenize_prompt(tokenizer, Prompt(W, [USER], {}, tools), limit=999).tokens.tolist()
+    row = tokenize_example(tokenizer, Example(W, [USER], [REPLY], {}, tools), limit=999)
+    pair = tokenize_pair(tokenizer, Pair(W, [USER], [REPLY], [OTHER], {}, tools), limit=999)
+    for side in (row, *pair):
+        assert side.tokens[: len(start)].tolist() == start and side.mask.argmax() == len(start)
+
+
+def test_masks_are_a_choice(tokenizer):
+    for tokenize, row in (
+        (tokenize_example, example([USER], [REPLY])),
+        (tokenize_pair, Pair(W, [USER], [REPLY], [OTHER], {})),
+    ):
+        tokenize(tokenizer, row, limit=99, masks=masks.by_prefix)
+        with pytest.raises(ValueError, match=r"the chat template has no \{% generation %\} markers"):
+            tokenize(tokenizer, row, limit=99, masks=masks.by_markers)
+
+
+BROKEN = "a\udc00"
+HALVES = {
+    "example": (tokenize_example, example(BROKEN, "b")),
+    "completion": (tokenize_example, example("b", BROKEN)),
+    "messages": (tokenize_example, example([USER], [{**REPLY, "content": BROKEN}])),
+    "pair": (tokenize_pair, Pair(W, "a", "b", BROKEN, {})),
+    "prompt": (tokenize_prompt, Prompt(W, BROKEN, {})),
+}
+
+
+@pytest.mark.parametrize("tokenize, row", HALVES.values(), ids=HALVES)
+def test_half_a_surrogate_pair_names_the_row(tokenizer, tokenize, row):
+    with pytest.raises(BadRow, match=r"^file:9: unpaired surrogate: character \d+ is '\\udc00', after '"):
+        tokenize(tokenizer, row, limit=99)
+
+
+def test_same_vocabulary(tokenizer, merging, spaced):
+    same_vocabulary(tokenizer, copy.deepcopy(tokenizer))
+    double = len(tokenizer)  # the one token that `merging` has besides
+    with pytest.raises(ValueError, match=rf"token {double} is absent in the first, of {double} .* '==' in the second"):
+        same_vocabulary(tokenizer, merging)
+    with pytest.raises(ValueError, match=rf"differ: token {double - 1} is ' ' in the first, .* '▁' in the second"):
+        same_vocabulary(tokenizer, spaced)
 
 
 def test_pair(tokenizer, ids):
