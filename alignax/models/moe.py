@@ -5,13 +5,18 @@ expert and cut into blocks of one expert each, and a loop over the blocks in use
 kernel. The size of a block follows from the number of tokens, so that the same code serves the few tokens of a decoding
 step and the many of an update. `jax.lax.ragged_dot` says the same, but where XLA expands it, as on CPU, it multiplies
 every assignment with every expert.
+
+On a mesh with rows over "data", call the step within `jax.set_mesh(mesh)`: then every device sorts and multiplies the
+rows it has. Without, the result is the same, and every device works on all rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from alignax.models.config import TransformerConfig
@@ -45,31 +50,55 @@ class MixtureMLP(nn.Module):
         self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         """The mixture, and the router's sums over the tokens that are `counted` (None: no sums)."""
-        config, rows = self.config, x.reshape(-1, x.shape[-1])
+        config = self.config
         router = _Kernel(config, (config.hidden_size, config.num_experts), name="router")().astype(config.dtype)
-        logits = jnp.matmul(rows, router, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(x, router, preferred_element_type=jnp.float32)
         weights, chosen = _choose(config, logits)
-        mixed = _Experts(config, name="experts")(rows, chosen, weights).reshape(x.shape)
-        return mixed, {} if counted is None else router_sums(logits, chosen, counted.reshape(-1))
+        mixed = _Experts(config, name="experts")(x, chosen, weights)
+        if counted is None:
+            return mixed, {}
+        rows = counted.size
+        return mixed, router_sums(logits.reshape(rows, -1), chosen.reshape(rows, -1), counted.reshape(rows))
 
 
 class _Experts(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, rows: Array, chosen: Array, weights: Array) -> Array:
-        config, wide = self.config, (self.config.intermediate_size, self.config.hidden_size)
-        blocks = in_blocks(chosen, config.num_experts)
+    def __call__(self, x: Array, chosen: Array, weights: Array) -> Array:
+        config, inner, outer = self.config, self.config.intermediate_size, self.config.hidden_size
+        shapes = {"gate": (outer, inner), "up": (outer, inner), "down": (inner, outer)}
+        kernels = {
+            name: _Kernel(config, (config.num_experts, *shape), name=name)().astype(config.dtype)
+            for name, shape in shapes.items()
+        }
 
-        def product(x, name, shape):
-            kernels = _Kernel(config, (config.num_experts, *shape), name=name)().astype(config.dtype)
-            return grouped_matmul(x, kernels, blocks.experts, blocks.used)
+        def mixed(x, chosen, weights, kernels):
+            rows, chosen = x.reshape(-1, outer), chosen.reshape(-1, config.experts_per_token)
+            blocks = in_blocks(chosen, config.num_experts)
 
-        x = rows.at[blocks.tokens].get(mode="fill", fill_value=0)
-        x = x.reshape(blocks.experts.shape[0], -1, config.hidden_size)
-        inner = config.activation(product(x, "gate", wide[::-1])) * product(x, "up", wide[::-1])
-        outer = product(inner, "down", wide).reshape(-1, config.hidden_size)
-        return jnp.einsum("nkd,nk->nd", outer[blocks.slots], weights.astype(config.dtype))
+            def product(x, name):
+                return grouped_matmul(x, kernels[name], blocks.experts, blocks.used)
+
+            rows = rows.at[blocks.tokens].get(mode="fill", fill_value=0)
+            rows = rows.reshape(blocks.experts.shape[0], -1, outer)
+            rows = product(config.activation(product(rows, "gate")) * product(rows, "up"), "down")
+            chosen_rows = rows.reshape(-1, outer)[blocks.slots]
+            mixed = jnp.einsum("nkd,nk->nd", chosen_rows, weights.reshape(chosen.shape).astype(config.dtype))
+            return mixed.reshape(x.shape)
+
+        return _on_own_rows(mixed, x.shape[0])(x, chosen, weights, kernels)
+
+
+def _on_own_rows(mixed: Callable[..., Array], rows: int) -> Callable[..., Array]:
+    """`mixed` of the rows that a device has; left to itself, XLA would gather all rows before it sorts them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape.get("data", 1)
+    if parts == 1 or rows % parts:
+        return mixed
+    data, whole = PartitionSpec("data"), PartitionSpec()
+    specs = (data, data, data, whole)
+    return jax.shard_map(mixed, mesh=mesh, in_specs=specs, out_specs=data, axis_names={"data"}, check_vma=False)
 
 
 class _Kernel(nn.Module):

@@ -84,4 +84,4 @@ def test_weights_are_hyperparameters_and_terms_are_left_out_without_them():
 def test_a_model_without_a_router_is_refused():
     model, params = tiny()
     with pytest.raises(ValueError, match="the model has no router"):
-        sft.make_loss(model, aux_weight=0.1)(params, batch(), None, {})
+        jax.eval_shape(lambda: sft.make_loss(model, aux_weight=0.1)(params, batch(), None, {}))

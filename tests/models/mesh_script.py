@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from alignax import sharding
 from alignax.models import RULES, LayerKind, TransformerConfig, transformer
+from alignax.models.moe import MixtureMLP
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2}
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "initializer_range": 0.3}
@@ -37,6 +38,26 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.max(np.abs(expected)))
 
 
+def check_mixture(mesh):
+    """Gradients of a mixture of experts, where devices know the mesh and work on their own rows, and where not."""
+    config = TransformerConfig(**SIZES, **HEADS, mixture=True, num_experts=4)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(4, 7, 16)), jnp.float32)
+    shapes = jax.eval_shape(MixtureMLP(config).init, jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
+    gradient = jax.grad(lambda params, x: jnp.sum(MixtureMLP(config).apply({"params": params}, x)[0] ** 2), (0, 1))
+    expected = jax.jit(gradient)(params, x)
+    rules = ((r"experts/down", P(None, "model", None)), (r"experts", P(None, None, "model")), (r"", P()))
+    sharded = jax.device_put(params, sharding.shardings(params, mesh, rules)), sharding.shard_batch(x, mesh)
+    with jax.set_mesh(mesh):
+        own_rows = jax.jit(gradient).lower(*sharded).compile()
+    all_rows = jax.jit(gradient).lower(*sharded).compile()
+    for compiled in (own_rows, all_rows):
+        jax.tree.map(close, compiled(*sharded), expected)
+    # assignments are sorted where they are: 14 rows of a device, not all 28, times 2
+    assert "[28]" in own_rows.as_text() and "[56]" not in own_rows.as_text() and "[56]" in all_rows.as_text()
+
+
 def main():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     mesh = sharding.make_mesh(data=2, model=2)
@@ -56,6 +77,7 @@ def main():
     batch = sharding.shard_batch({"tokens": tokens, "segments": jnp.ones_like(tokens)}, mesh)
     found = outcome(model, params, batch["tokens"], batch["segments"])
     jax.tree.map(close, found, outcome(model, alone, tokens, jnp.ones_like(tokens)))
+    check_mixture(mesh)
     print(f"{jax.device_count()} devices agree")
 
 
