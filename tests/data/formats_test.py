@@ -77,6 +77,10 @@ GOOD = {
             {},
         ),
     ),
+    "a tool that was called in words": (
+        {"messages": [USER, REPLY, {"role": "tool", "content": "3"}, OTHER]},
+        Example(W, [USER], [REPLY, {"role": "tool", "content": "3"}, OTHER], {}),
+    ),
     "ShareGPT calls": (
         {
             "conversations": [

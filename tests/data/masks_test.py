@@ -122,6 +122,26 @@ def test_markers_around_what_asks_for_the_answer(family):
     assert trained(with_template(family("chatml"), template), PLAIN) == TURNS["thinking"]
 
 
+def test_blocks_that_touch_are_one(family):
+    """White space between them is the assistant's, as behind the token that ends a thought."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}hm</s>{{ '\n' }}"
+        "{%- endgeneration %}{%- generation %}{{ '\n' + m.content }}<|im_end|>{% endgeneration %}{% else %}"
+        "{{ m.content }}<|im_end|>{% endif %}{% endfor %}{{ '<|im_start|>assistant:' if add_generation_prompt }}"
+    )
+    tokenizer = with_template(family("chatml"), template)
+    for way in (masks.by_markers, masks.by_prefix):
+        assert trained(tokenizer, PLAIN[:2], masks=way) == ["hm</s>\n\nIt is 3.<|im_end|>"]
+
+
+def test_markers_do_not_excuse_a_prompt_that_is_no_prefix(family):
+    tokenizer = family("marked")
+    asking = tokenizer.chat_template.replace("assistant\\n' if", "assistant\\n#' if")
+    assert asking != tokenizer.chat_template
+    with pytest.raises(BadRow, match=r"^file:9: template is no prefix: rendered up to message 3, .* is \['#'\]"):
+        chat.encode_turns(with_template(tokenizer, asking), PLAIN, where="file:9")
+
+
 def test_a_noncharacter_in_a_message_is_not_taken_for_a_marker(family):
     with pytest.raises(BadRow, match=r"^file:9: template refused: its markers move its text, or a message contains"):
         chat.encode_turns(family("marked"), [PLAIN[0], {**PLAIN[1], "content": "a\ufdd1b"}], where="file:9")
