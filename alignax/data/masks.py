@@ -138,7 +138,9 @@ def _end(
     # A conversation may end with a token of its own behind the last turn's, as Phi 3's does.
     closed = end > start and ids[end - 1] in special and _blank(tokenizer, head[shared:], special)
     if shared < len(head) and not closed:
-        why = f"; the template changes message {i} once others follow it: only the last turn can be trained on"
+        why = (
+            f"; the template changes message {i} once others follow it: train on the last turn alone, or mark the turns"
+        )
         raise differs(tokenizer, head, ids, i + 1, where, why)
     return end
 
