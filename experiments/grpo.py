@@ -145,10 +145,9 @@ def main(config: Config) -> dict[str, float]:
     schedule = {"steps": config.steps * updates, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    reference, follow = loaded.params, jax.jit(train.ema)
-    sampler = rollouts.make_sampler(config, loaded)
-    loss_fn = make_loss(config, loaded.model)
-    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
+    update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
+    update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     hyper = {name: getattr(config, name) for name in ("kl_weight", "temperature", "clip_low", "clip_high")}
     ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
@@ -161,8 +160,7 @@ def main(config: Config) -> dict[str, float]:
         for step in range(1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
             asked, _ = next(stream)
-            placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
-            rows = sampler.sample(state.params, *placed, sample_key)
+            rows = sampler.sample(state.params, *place((asked["tokens"], asked["lengths"])), sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
             grouped = jnp.asarray(verdict.reward).reshape(-1, config.group)
             counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
@@ -177,11 +175,10 @@ def main(config: Config) -> dict[str, float]:
                 weights=jnp.asarray(counted, jnp.float32),
             )
             parts = []
-            for epoch in range(config.epochs):
-                for part in train.minibatches(jax.random.fold_in(order_key, epoch), rollout, config.minibatches):
-                    state, metrics = update(state, sharding.shard_batch(part, mesh), None, hyper)
-                    parts.append(metrics)
-            metrics = {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]}
+            for part in rollouts.passes(order_key, rollout, epochs=config.epochs, minibatches=config.minibatches):
+                state, metrics = update(state, place(part), None, hyper)
+                parts.append(metrics)
+            metrics = rollouts.mean_of(parts)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
             metrics |= rollouts.rollout_metrics(rows, verdict, counted)

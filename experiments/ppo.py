@@ -248,18 +248,12 @@ def learn_from(
 ) -> tuple[States, dict[str, jax.Array]]:
     """Several passes over a rollout, each in a new order; ends early once the policy has moved too far."""
     parts = []
-    for epoch in range(config.epochs):
-        for part in train.minibatches(jax.random.fold_in(key, epoch), batch, config.minibatches):
-            states, metrics = learner.learn(states, sharding.shard_batch(part, mesh), critic_only)
-            parts.append(metrics)
-            if config.target_kl and not critic_only and float(metrics["approx_kl"]) > 1.5 * config.target_kl:
-                return states, mean_of(parts)
-    return states, mean_of(parts)
-
-
-def mean_of(parts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The mean of each metric over a rollout's updates, and how many there were."""
-    return {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]} | {"updates": len(parts)}
+    for part in rollouts.passes(key, batch, epochs=config.epochs, minibatches=config.minibatches):
+        states, metrics = learner.learn(states, sharding.shard_batch(part, mesh), critic_only)
+        parts.append(metrics)
+        if config.target_kl and not critic_only and float(metrics["approx_kl"]) > 1.5 * config.target_kl:
+            break
+    return states, rollouts.mean_of(parts)
 
 
 def main(config: Config) -> dict[str, float]:

@@ -6,12 +6,13 @@ completions, **columns) -> list[float]`, or a learned model, which reads the tok
 
 import pathlib
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignax import data, reduce, rewards, sampling, train
@@ -147,6 +148,17 @@ def make_sampler(config: Any, loaded: hf.Loaded) -> Sampler:
         sample_one=jax.jit(generate),
         logp=jax.jit(train.in_parts(logp, rows_at_once(config))),
     )
+
+
+def passes(key: jax.Array, rollout: Any, *, epochs: int, minibatches: int) -> Iterator[Any]:
+    """The minibatches of several passes over a rollout, each pass in an order of its own."""
+    for epoch in range(epochs):
+        yield from train.minibatches(jax.random.fold_in(key, epoch), rollout, minibatches)
+
+
+def mean_of(parts: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
+    """The mean of each metric over a rollout's updates, and how many there were."""
+    return {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]} | {"updates": len(parts)}
 
 
 def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
