@@ -72,14 +72,14 @@ def experience(
 
     Returns:
       The batch, and scalars: `objective/kl` (k1), `objective/entropy` (minus the log-probability), `objective/scores`,
-      `objective/non_score_reward` and `objective/rlhf_reward`, sums over a row averaged over rows; `returns/mean`,
-      `returns/std`, `values/mean` and `values/explained_variance` over tokens.
+      `objective/non_score_reward` and `objective/rlhf_reward`, sums over a row averaged over the rows that have
+      tokens; `returns/mean`, `returns/std`, `values/mean` and `values/explained_variance` over tokens.
     """
     chex.assert_equal_shape([rows.tokens, rows.mask, logp, ref_logp, values])
-    chex.assert_shape(scores, rows.tokens.shape[:1])
     counted = jnp.ones(scores.shape) if weights is None else weights
+    chex.assert_shape([scores, counted], rows.tokens.shape[:1])
     mask = (rows.mask != 0) & (counted != 0)[:, None]
-    scores = jnp.where(counted != 0, scores, 0.0)
+    counted = jnp.where(jnp.any(mask, axis=1), counted, 0.0)  # a row without tokens is paid nothing
     shaped = rewards.shaped_rewards(scores, logp, ref_logp, mask, kl_coef=kl_coef, kl=kl)
     advantages, returns = gae(shaped, values, mask, gamma=gamma, lambda_=lambda_, bootstrap=bootstrap)
     sums = {
@@ -227,15 +227,9 @@ def _value_terms(values: Array, batch: Batch, value_loss: Callable, mean: Callab
 
 
 def _value_metrics(values: Array, returns: Array, mask: Array) -> dict[str, Array]:
-    def moments(x: Array) -> tuple[Array, Array]:
-        average = reduce.token_mean(x, mask).value()
-        return average, reduce.token_mean((x - average) ** 2, mask).value()
-
-    (mean, variance), (_, left) = moments(returns), moments(returns - jnp.where(mask, values, 0.0))
-    explained = jnp.where(variance > 0, 1 - left / jnp.where(variance > 0, variance, 1.0), 0.0)
     return {
-        "returns/mean": mean,
-        "returns/std": jnp.sqrt(variance),
+        "returns/mean": reduce.token_mean(returns, mask).value(),
+        "returns/std": jnp.sqrt(reduce.variance(returns, mask, ddof=0)),
         "values/mean": reduce.token_mean(values, mask).value(),
-        "values/explained_variance": explained,
+        "values/explained_variance": reduce.explained_variance(values, returns, mask),
     }
