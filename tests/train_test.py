@@ -190,3 +190,23 @@ def test_ema_vectors(shared):
         result = train.ema(x["target"], x["source"], rate=vector["hyperparameters"]["eta"])
         np.testing.assert_allclose(result, vector["expected"], rtol=1e-6)
     assert train.ema(jnp.zeros(2, jnp.bfloat16), jnp.ones(2), rate=0.5).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 100])
+def test_rows_in_parts_are_all_rows(size):
+    """8 rows: sizes that divide them and sizes that do not."""
+    most = []
+
+    def fn(params, rows):
+        most.append(len(rows["x"]))
+        return {"sum": params["w"] * jnp.sum(rows["x"], axis=1), "per_token": jnp.where(rows["mask"], rows["x"], 0.0)}
+
+    found = jax.jit(train.in_parts(fn, size))(PARAMS, BATCH)
+    assert max(most) <= size
+    np.testing.assert_allclose(found["sum"], 0.5 * BATCH["x"].sum(axis=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found["per_token"], np.where(BATCH["mask"], BATCH["x"], 0))
+
+
+def test_parts_of_no_rows_are_refused():
+    with pytest.raises(ValueError, match="in_parts: size=0; expected at least 1"):
+        train.in_parts(lambda params, rows: rows, 0)
