@@ -163,9 +163,15 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     for name in ("group", "epochs", "minibatches"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
-    for name in ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup"):
-        if getattr(config, name) < 0:
+    for name in ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight"):
+        if not getattr(config, name) >= 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")
+    for name in ("kl_horizon", "temperature", "learning_rate", "critic_learning_rate"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}; expected a number above 0")
+    for name in ("gamma", "lambda_", "ema_rate"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name}={getattr(config, name)}; expected 0 to 1")
     common.check(config, mesh, rows=config.prompts, parts=1)
     common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 

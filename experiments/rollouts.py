@@ -76,11 +76,13 @@ def learned(folder: str, weight: float, tokenizer: Any, *, size: int, **options:
     `options` are those of `hf.load`.
 
     Raises:
-      ValueError: for a folder without a scalar head, or with another vocabulary than `tokenizer`'s.
+      ValueError: for a folder without a scalar head or a tokenizer, or with another vocabulary than `tokenizer`'s.
     """
     loaded = hf.load(folder, **options)
     if loaded.model.values is None:
         raise ValueError(f"{folder}: a language model; expected a reward model, a ...ForSequenceClassification folder")
+    if loaded.tokenizer is None:
+        raise ValueError(f"{folder}: no tokenizer; expected the policy's, since the reward model reads its tokens")
     try:
         data.same_vocabulary(tokenizer, loaded.tokenizer)
     except ValueError as error:

@@ -1,16 +1,24 @@
 """Every script runs whole on a tiny model, leaves what it promises, and refuses what it should."""
 
+import dataclasses
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import grpo
+import jax.numpy as jnp
 import numpy as np
+import ppo
 import preference
 import pytest
+import reward_model
+import rollouts
 import sft
 
+from alignax import moments, sampling, sharding
 from alignax.io import hf
 
 
@@ -147,6 +155,240 @@ def test_grpo_refuses(tiny_folder, tmp_path):
     assert not (tmp_path / "out" / "model").exists()
 
 
+@pytest.fixture(scope="module")
+def reward_folder(tiny_folder, tmp_path_factory):
+    """What reward_model.py makes of the tiny model."""
+    folder = tmp_path_factory.mktemp("reward")
+    config = reward_model.Config(
+        model=str(tiny_folder),
+        data=write(folder / "data.jsonl", [row | {"margin": 0.5, "preference": 0.9} for row in pairs(20)]),
+        output=folder / "out",
+        steps=4,
+        batch_size=4,
+        limit=40,
+        evaluate_every=2,
+        learning_rate=1e-2,
+        warmup=1,
+    )
+    reward_model.main(config)
+    return config.output
+
+
+def test_reward_model(reward_folder, tiny_folder, tmp_path):
+    names = {"rewards/margins", "held_out/loss", "held_out/rewards/accuracies"}
+    saved = check_output(reward_folder, 4, names)
+    assert saved.model.values is not None and saved.params["score"]["kernel"].shape == (16, 1)
+    assert differs(saved.params["backbone"], hf.load(tiny_folder).params) and saved.tokenizer is not None
+    first, *_, last = (json.loads(line) for line in (reward_folder / "metrics.jsonl").read_text().splitlines())
+    assert last["held_out/loss"] < first["held_out/loss"]
+    # two held-out pairs of nearly one margin z: the loss by its formula, with a label wrong in ten and a margin of 0.5
+    z = last["held_out/rewards/margins"] - 0.5
+    expected = 0.9 * np.log1p(np.exp(-z)) + 0.1 * np.log1p(np.exp(z))
+    assert last["held_out/loss"] == pytest.approx(expected, rel=0.05)
+
+    config = reward_model.Config(
+        model=str(reward_folder / "model"), data=write(tmp_path / "data.jsonl", pairs(20)), output=tmp_path, limit=40
+    )
+    again = reward_model.load_scored(config, sharding.make_mesh())
+    np.testing.assert_array_equal(again.params["score"]["kernel"], saved.params["score"]["kernel"])
+    rows, _ = reward_model.load_pairs(dataclasses.replace(config, label_smoothing=0.25), again.tokenizer)
+    assert {(row.margin, row.preference) for row in rows} == {(0.0, 0.75)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"margin": "much"}, "wrong margin: 'much'; expected a number"),
+        ({"margin": True}, "wrong margin: True; expected a number"),
+        ({"preference": 1.5}, r"wrong preference: 1\.5; expected a probability"),
+    ],
+)
+def test_reward_model_refuses_columns(tiny_folder, tmp_path, change, message):
+    data = write(tmp_path / "data.jsonl", [*pairs(3), pairs(1)[0] | change])
+    with pytest.raises(ValueError, match=message):
+        reward_model.main(reward_model.Config(model=str(tiny_folder), data=data, output=tmp_path / "out", limit=40))
+    assert not (tmp_path / "out").exists()
+
+
+PPO = {"prompts": 4, "group": 2, "minibatches": 2, "max_new_tokens": 6, "evaluate_every": 2, "warmup": 1}
+
+
+def run_ppo(tiny_folder, reward_folder, tmp_path, **options):
+    config = ppo.Config(
+        model=str(tiny_folder),
+        data=write(tmp_path / "data.jsonl", prompts(12)),  # three rollouts an epoch, the last one with filler rows
+        output=tmp_path / "out",
+        reward_model=str(reward_folder / "model"),
+        **PPO | options,
+    )
+    result = ppo.main(config)
+    names = {"objective/kl", "kl_coef", "ratio", "clip_fraction", "loss/value", "values", "values/clip_fraction"}
+    names |= {"values/explained_variance", "held_out/reward", "held_out/kl", "updates", "returns/std"}
+    saved = check_output(config.output, config.steps, names)
+    assert saved.model.values is None and differs(saved.params, hf.load(tiny_folder).params)
+    lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
+    return config, result, lines[1:]
+
+
+def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_path):
+    config, _, lines = run_ppo(
+        tiny_folder,
+        reward_folder,
+        tmp_path,
+        steps=3,
+        epochs=2,
+        ema_rate=0.5,
+        kl_target=0.01,
+        kl_horizon=10,
+        reward_scaling="start",
+        reward_clip=1.0,
+        critic_warmup=1,
+        learning_rate=1e-2,
+    )
+    critic, reward = hf.load(config.output / "critic"), hf.load(reward_folder / "model")
+    assert differs(critic.params["backbone"], reward.params["backbone"])
+    assert "ratio" not in lines[0] and [line["updates"] for line in lines] == [4] * 3  # the critic alone at first
+    # so that the policy of the second rollout is still the reference
+    assert [abs(line["objective/kl"]) < 1e-5 for line in lines] == [True, True, False]
+    np.testing.assert_allclose([line["kl_coef"] for line in lines], 0.05 * (1 - 0.2 * 8 / 10) ** np.arange(3), 1e-5)
+    assert abs(lines[0]["objective/scores"]) <= 1 and "reward/rule" not in lines[0]
+
+
+def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, tmp_path):
+    config, result, lines = run_ppo(
+        tiny_folder,
+        reward_folder,
+        tmp_path,
+        reward=write_rules(tmp_path, "vowels"),
+        reward_weight=2.0,
+        reward_model_weight=0.5,
+        steps=2,
+        epochs=4,
+        critic="shared",
+        bootstrap=True,
+        missing_eos_penalty=0.0,
+        value_normalisation=True,
+        value_clip=0.0,
+        target_kl=1e-4,
+        entropy_weight=0.01,
+        whiten_advantages=False,
+        kl="k3",
+        learning_rate=1e-2,
+    )
+    assert not (config.output / "critic").exists()
+    assert all(1 <= line["updates"] < 8 for line in lines)
+    assert [line["values/clip_fraction"] for line in lines] == [0, 0]
+    held_out = {name.removeprefix("held_out/"): value for name, value in result.items()}
+    for line in [*lines, held_out]:
+        total = 2.0 * line["reward/rule"] + 0.5 * line["reward/model"]
+        assert line["reward"] == pytest.approx(total, rel=1e-4, abs=1e-6)
+
+
+def test_ppo_critic_from_the_policy(tiny_folder):
+    config = ppo.Config(model="", data="", output="", critic="policy", **PPO)
+    loaded = hf.load(tiny_folder)
+    learner = ppo.make_learner(config, loaded, None, sharding.make_mesh())
+    critic = learner.critic(learner.states)
+    assert not differs(critic["backbone"], loaded.params) and not differs(learner.policy(learner.states), loaded.params)
+    assert np.ptp(critic["score"]["kernel"]) > 0 and "head" not in critic["backbone"]
+
+
+@pytest.mark.parametrize("scaling", ["none", "start", "running"])
+def test_ppo_scales_scores(scaling):
+    """Two rollouts; the last row of the second is a filler. The penalty comes first, the clip last."""
+    config = ppo.Config(model="", data="", output="", reward_scaling=scaling, reward_clip=1.2, missing_eos_penalty=0.5)
+    scale, seen = ppo.make_scale(config), moments.Moments.init()
+    scores = np.float32([[1.0, 2.0, 4.0, 0.0], [3.0, -1.0, 1.0, 100.0]])
+    finished = np.array([[True, True, False, True], [True, True, True, True]])
+    weights = np.float32([[1, 1, 1, 1], [1, 1, 1, 0]])
+    judged = scores - 0.5 * ~finished
+    first, both = judged[0], np.concatenate([judged[0], judged[1, :3]])
+    expected = {
+        "none": judged,
+        "start": (judged - first.mean()) / first.std(ddof=1),
+        "running": judged / np.array([[first.std(ddof=1)], [both.std(ddof=1)]]),
+    }[scaling]
+    for given, ended, weight, wanted in zip(scores, finished, weights, np.clip(expected, -1.2, 1.2)):
+        found, seen = scale(seen, jnp.array(given), jnp.array(ended), jnp.array(weight))
+        np.testing.assert_allclose(found[:3], wanted[:3], rtol=1e-5)
+
+
+def write_rules(folder, name):
+    """A rule of the user's own."""
+    path = folder / "mine.py"
+    path.write_text(
+        "def vowels(prompts, completions, *, answer, truncated, **_):\n"
+        "    assert len(answer) == len(truncated) == len(prompts)\n"
+        "    return [sum(c in 'aeiou' for c in text) / 8 for text in completions]\n"
+        "def few(prompts, completions, **_):\n    return [0.0]\n"
+    )
+    return f"{path}:{name}"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({}, "no reward: give --reward-model FOLDER, --reward RULE, or both"),
+        ({"reward": "vowels"}, "--critic reward_model needs --reward-model"),
+        (
+            {"reward": "vowels", "critic": "policy", "bootstrap": True},
+            r"missing_eos_penalty=1\.0.*set the penalty to 0",
+        ),
+        ({"reward": "vowels", "critic": "shared", "critic_warmup": 1}, "--critic shared has no critic_warmup"),
+        ({"reward": "vowels", "critic": "policy", "epochs": 0}, "epochs=0; expected at least 1"),
+        ({"reward": "vowels", "critic": "policy", "kl_coef": -0.1}, r"kl_coef=-0\.1; expected 0 or more"),
+        ({"reward": "vowels", "critic": "policy", "lambda_": 1.5}, r"lambda_=1\.5; expected 0 to 1"),
+        ({"reward": "vowels", "critic": "policy", "temperature": 0.0}, r"temperature=0\.0; expected a number above 0"),
+        ({"reward": "vowels", "critic": "policy", "minibatches": 3}, "8 rows do not divide into 3 parts"),
+        ({"reward": "vowels", "critic": "policy", "max_new_tokens": 4096}, "expected at most the model's 2048"),
+        ({"reward_model": "itself"}, "a language model; expected a reward model"),
+    ],
+)
+def test_ppo_refuses(tiny_folder, tmp_path, change, message):
+    data = write(tmp_path / "data.jsonl", prompts(12))
+    if "reward" in change:
+        change = change | {"reward": write_rules(tmp_path, change["reward"])}
+    if "reward_model" in change:
+        change = change | {"reward_model": str(tiny_folder)}
+    config = {"model": str(tiny_folder), "data": data, "output": tmp_path / "out"} | PPO | change
+    with pytest.raises(ValueError, match=message):
+        ppo.main(ppo.Config(**config))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_that_says_nan_and_a_rule_that_says_too_little(tiny_folder, reward_folder, tmp_path):
+    loaded = hf.load(reward_folder / "model")
+    loaded.params["score"]["kernel"] = jnp.full((16, 1), jnp.nan)
+    hf.save(tmp_path / "nan", loaded.model, loaded.params, loaded.tokenizer)
+    _, part = rollouts.learned(str(tmp_path / "nan"), 1.0, hf.load(tiny_folder).tokenizer, size=2)
+    ones = jnp.ones((2, 4), jnp.int32)
+    rows = sampling.Samples(ones, ones, ones > 0, 0.0 * ones, ones[:, 0], ones[:, 0] > 0)
+    with pytest.raises(ValueError, match="reward reward_model returned nan for row 0, prompt 'one', completion 'a'"):
+        part.score(["one", "two"], ["a", "b"], rows, {})
+    few = rollouts.rule(write_rules(tmp_path, "few"), 1.0)
+    with pytest.raises(ValueError, match="reward few returned 1 numbers for 2 completions"):
+        few.score(["one", "two"], ["a", "b"], rows, {})
+
+
+def test_ppo_refuses_a_reward_model_of_other_tokens(tiny_folder, reward_folder, tmp_path):
+    """Two letters changed places; then there is no tokenizer at all."""
+    other = shutil.copytree(reward_folder / "model", tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["A"], ids["B"] = ids["B"], ids["A"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    data = write(tmp_path / "data.jsonl", prompts(12))
+    options = {"data": data, "output": tmp_path / "out", "reward_model": str(other)}
+    config = ppo.Config(model=str(tiny_folder), **PPO | options)
+    with pytest.raises(ValueError, match=r"reads the policy's tokens, but the vocabularies differ: token .* is '[AB]'"):
+        ppo.main(config)
+    for path in other.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no tokenizer; expected the policy's"):
+        ppo.main(config)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -182,12 +424,12 @@ def test_preference_refuses_data_without_pairs(tiny_folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["sft", "preference", "grpo"])
+@pytest.mark.parametrize("script", ["sft", "preference", "grpo", "reward_model", "ppo"])
 def test_help_explains_every_field(script, tracked):
     path = next(name for name in tracked if name == f"experiments/{script}.py")
     done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, env={"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
-    module = {"sft": sft, "preference": preference, "grpo": grpo}[script]
+    module = importlib.import_module(script)
     for field in module.Config.__dataclass_fields__:
-        assert f"--{field.replace('_', '-')}" in done.stdout
+        assert f"--{field.strip('_').replace('_', '-')}" in done.stdout
     assert "(required)" in done.stdout
