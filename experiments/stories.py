@@ -1,41 +1,35 @@
-"""Happy endings: DPO and GRPO on one rule and one small model of stories, and how much KL each pays for the reward.
+"""Happy endings: DPO, GRPO and PPO on one rule and one small model of stories; how much KL each pays for the reward.
 
     python experiments/stories.py --model FOLDER --output runs/stories
 
 The model writes the beginnings of stories; the task is to end each in time and with happy words, scored from 0 to 1 by
-a rule, `happy_ending` below. DPO learns from the best and the worst of several endings sampled from the
-start, GRPO from the rule itself, each at several weights of the KL; all then end beginnings that no run has seen.
-FOLDER is meant to hold stories260K, a Llama of 260 thousand parameters trained on TinyStories.
+a rule (happy_endings.py). Endings sampled from two policies and compared by the rule are preference pairs. DPO learns
+from the pairs; a reward model learns from the pairs too, and PPO learns from the reward model; GRPO learns from the
+rule itself. PPO is also run without each of three practices. All then end beginnings that no run has seen, and the rule
+judges. FOLDER is meant to hold stories260K, a Llama of 260 thousand parameters trained on TinyStories.
 
-12 minutes on two CPU cores. One seed, 128 held-out beginnings, standard errors below 0.02: reward 0.09 -> 0.49 with DPO
-at beta 0.05 (KL 27 nats per ending, NLL under the start 1.36 -> 1.65 nats per token) and -> 0.56 with GRPO at KL weight
-0.1 (KL 21, NLL 1.58). All points are in stories.md.
-Out come held_out.jsonl, pairs.jsonl, a folder for each run, results.json, stories.png and samples.txt.
+What came out, with how long it took, is in stories.md. In the output folder: held_out.jsonl, pairs.jsonl, reward/ and a
+folder for each run, results.json, stories.png and samples.txt.
 """
 
 import dataclasses
 import json
 import pathlib
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
+from typing import NamedTuple
 
 import common
 import grpo
+import happy_endings
 import jax
 import numpy as np
+import ppo
 import preference
+import reward_model
 import tyro
-from matplotlib.figure import Figure
 
-from alignax import rewards, sampling
-from alignax.data import text
 from alignax.io import hf
-from alignax.logprobs import token_logprobs
-
-HAPPY = "happy smile smiled laugh laughed fun love loved hug hugged joy proud glad".split()
-CHUNK = 64  # prompts sampled from at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,208 +46,190 @@ class Config:
     """Beginnings for the comparison at the end; no run sees them."""
     opening: str = ""
     """How every beginning starts; needed where the tokenizer puts no BOS before a text."""
-    beginning_tokens: int = 128
+    beginning_tokens: int = 64
     """Most tokens of a beginning."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 96
     """Tokens in which an ending has to come to its end."""
     group: int = 8
-    """Endings of each beginning: those a pair is picked from, and a group of GRPO."""
+    """Endings of each beginning: those that pairs are made of, and a group of GRPO."""
+    pairs: int = 6
+    """Most pairs of each beginning."""
     samples: int = 2
     """Endings of each held-out beginning."""
-    betas: tuple[float, ...] = (0.05, 0.2, 0.8)
+    reward_steps: int = 150
+    """Updates of the reward model, of 32 pairs each."""
+    betas: tuple[float, ...] = (0.05, 0.2)
     """DPO's runs: how strongly the reference holds."""
-    dpo_steps: int = 30
+    dpo_steps: int = 40
     """Updates of each."""
-    kl_weights: tuple[float, ...] = (0.02, 0.1, 0.5)
+    kl_weights: tuple[float, ...] = (0.02, 0.1)
     """GRPO's runs: the weight of the KL in the loss."""
     grpo_steps: int = 24
     """Rollouts of each, with one update."""
+    kl_coefs: tuple[float, ...] = (0.02, 0.1)
+    """PPO's runs: the weight of the KL in the reward."""
+    ppo_steps: int = 20
+    """Rollouts of each, with two passes."""
+    ablations: bool = True
+    """Whether PPO is also run, at the first of its weights, without each of the three practices."""
     learning_rate: float = 5e-4
-    """AdamW's peak, for both."""
+    """AdamW's peak, for all policies."""
     batch_size: int = 6
-    """Prompts of a rollout of GRPO; half the pairs of an update of DPO."""
+    """Prompts of a rollout of GRPO; half the pairs of an update of DPO; a rollout of PPO has as many endings."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the runs: order of the data, sampling, and the comparison at the end."""
     seed: int = 0
-    """Of everything."""
+    """Of everything before."""
 
 
-def happy_ending(prompts: Sequence[str], endings: Sequence[str], *, truncated: Sequence[bool], **_) -> list[float]:
-    """A quarter for each different happy word, up to 1; half of it when the story was cut off before its end.
+class Trial(NamedTuple):
+    """One run of one method, and what it was asked for."""
 
-    A product, not a sum: an empty ending is in time, and a sum would pay for it.
+    method: str
+    setting: str
+    seed: int
+    folder: pathlib.Path
+
+
+def train_reward_model(config: Config, folder: pathlib.Path) -> pathlib.Path:
+    """The reward model of the pairs; its folder."""
+    reward_model.main(
+        reward_model.Config(
+            model=str(folder / "start"),
+            data=str(folder / "pairs.jsonl"),
+            output=folder / "reward",
+            limit=config.beginning_tokens + config.max_new_tokens,
+            truncate="keep_start",
+            steps=config.reward_steps,
+            evaluate_every=config.reward_steps,
+            microbatches=4,
+            learning_rate=1e-3,
+            seed=config.seed,
+        )
+    )
+    return folder / "reward" / "model"
+
+
+def train_dpo(config: Config, output: pathlib.Path, pairs: str, *, beta: float, seed: int) -> None:
+    """DPO from the start on one of the files of pairs."""
+    preference.main(
+        preference.Config(
+            model=str(config.output / "start"),
+            data=str(config.output / pairs),
+            output=output,
+            beta=beta,
+            # the ids of a sampled text can be more than were sampled: rows are cut rather than dropped
+            limit=config.beginning_tokens + config.max_new_tokens,
+            truncate="keep_start",
+            steps=config.dpo_steps,
+            evaluate_every=config.dpo_steps,
+            batch_size=2 * config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=seed,
+        )
+    )
+
+
+def plan(config: Config) -> list[Trial]:
+    """All runs, a seed after the other."""
+    settings = [("DPO", f"beta {x}") for x in config.betas]
+    settings += [("GRPO", f"kl {x}") for x in config.kl_weights]
+    settings += [("PPO", f"kl {x}") for x in config.kl_coefs]
+    if config.ablations and config.kl_coefs:
+        settings += [("PPO without", name) for name in WITHOUT]
+    folders = [f"{method} {setting}".lower().replace(" ", "_") for method, setting in settings]
+    return [
+        Trial(*setting, seed, config.output / f"seed_{seed}" / folder)
+        for seed in config.seeds
+        for setting, folder in zip(settings, folders)
+    ]
+
+
+def run(config: Config, trial: Trial) -> None:
+    """One run, by the script of its method."""
+    shared = {"model": str(config.output / "start"), "seed": trial.seed, "learning_rate": config.learning_rate}
+    shared["output"] = trial.folder
+    prompts = {"data": str(config.output / "beginnings.jsonl"), "max_prompt_tokens": config.beginning_tokens}
+    prompts["max_new_tokens"] = config.max_new_tokens
+    number = trial.setting.split()[-1]
+    if trial.method == "DPO":
+        train_dpo(config, trial.folder, "pairs.jsonl", beta=float(number), seed=trial.seed)
+    elif trial.method == "GRPO":
+        steps = {"steps": config.grpo_steps, "evaluate_every": config.grpo_steps}
+        rollout = {"prompts": config.batch_size, "group": config.group, "kl_weight": float(number)}
+        grpo.main(grpo.Config(**shared, **prompts, **steps, **rollout, reward=f"{happy_endings.__file__}:happy_ending"))
+    else:
+        endings = config.batch_size * config.group
+        settings = {"prompts": endings, "steps": config.ppo_steps, "epochs": 2, "ema_rate": 0.05}
+        settings |= {"critic_learning_rate": 2 * config.learning_rate, "reward_scaling": "start"}
+        settings |= {"missing_eos_penalty": 0.0, "kl_coef": config.kl_coefs[0]}
+        settings |= {"kl_coef": float(number)} if trial.method == "PPO" else WITHOUT[trial.setting](settings)
+        settings["evaluate_every"] = settings["steps"]
+        reward = str(config.output / "reward" / "model")
+        ppo.main(ppo.Config(**shared, **prompts, **settings, reward_model=reward))
+
+
+# What PPO is run without; the number of endings that it learns from stays the same.
+WITHOUT: dict[str, Callable[[dict], dict]] = {
+    "whitened advantages": lambda settings: {"whiten_advantages": False},
+    "large rollouts": lambda settings: {"prompts": settings["prompts"] // 4, "steps": settings["steps"] * 4},
+    "a moving reference": lambda settings: {"ema_rate": 0.0},
+}
+
+
+def prepare(config: Config) -> tuple[hf.Loaded, list[str]]:
+    """Everything that the runs share, in the output folder; the start and the held-out beginnings.
+
+    The start hardly ever earns more than one happy word, and a reward model of its pairs would know no more than that.
+    So a first policy learns from those, and the pairs are of endings of both, as Llama 2's were of several policies.
     """
-    words = rewards.distinct_words(HAPPY, enough=4)(prompts, endings)
-    return [value * (0.5 if cut else 1.0) for value, cut in zip(words, truncated, strict=True)]
-
-
-def write_lines(path: pathlib.Path, rows: Sequence[dict]) -> str:
-    """Rows as a JSONL file; its path."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def make_start(config: Config, folder: pathlib.Path) -> hf.Loaded:
-    """The model as it came, but with a tokenizer whose EOS is the one the model itself ends stories with.
-
-    stories260K ends its texts with BOS. Pairs must end so too, or DPO would teach it a new token, not where to stop.
-    """
-    loaded = hf.load(config.model)
-    sample = partial(sampling.generate, loaded.model, max_new_tokens=384, group=CHUNK, eos_ids=loaded.eos_ids)
-    rows = jax.jit(sample)(loaded.params, *text.encode(loaded.tokenizer, [config.opening]), jax.random.key(config.seed))
-    tokens, ended = common.to_host((rows.tokens, ~rows.truncated))
-    last = np.argmax(np.cumsum(common.to_host(rows.mask), axis=1), axis=1)
-    endings = tokens[np.arange(CHUNK), last][ended]
-    if len(endings):
-        most = int(np.bincount(endings).argmax())
-        loaded.tokenizer.eos_token = loaded.tokenizer.convert_ids_to_tokens(most)
-    hf.save(folder, loaded.model, loaded.params, loaded.tokenizer)
-    return hf.load(folder)
-
-
-def make_beginnings(config: Config, loaded: hf.Loaded) -> list[str]:
-    """Different texts, each of whole sentences and at most `beginning_tokens` tokens, that the model began to write."""
-    sample = partial(sampling.generate, loaded.model, max_new_tokens=config.beginning_tokens, eos_ids=loaded.eos_ids)
-    prompt = text.encode(loaded.tokenizer, [config.opening])
-    rows = jax.jit(partial(sample, group=config.beginnings))(loaded.params, *prompt, jax.random.key(config.seed + 1))
-    texts = text.decode(loaded.tokenizer, rows.tokens, rows.mask, eos_ids=loaded.eos_ids)
-    bodies = [config.opening + body for body, cut in zip(texts, common.to_host(rows.truncated)) if cut]
-    sentences = [re.match(r'.*[.!?]"?', body, re.DOTALL) for body in bodies]
-    found = dict.fromkeys(match.group().strip() for match in sentences if match)
-    found = [x for x in found if len(text.encode(loaded.tokenizer, [x])[0][0]) <= config.beginning_tokens]
-    if len(found) < 2 * config.held_out:
-        raise ValueError(f"{len(found)} beginnings with a whole sentence; expected at least {2 * config.held_out}")
-    return found
-
-
-def make_draw(config: Config, start: hf.Loaded, group: int) -> Callable[..., dict[str, np.ndarray]]:
-    """Makes `draw(params, prompts, key)`: `group` endings of each prompt, scored; arrays [prompts, group] by name."""
-    generate = partial(sampling.generate, start.model, max_new_tokens=config.max_new_tokens, eos_ids=start.eos_ids)
-    sample, score = jax.jit(partial(generate, group=group)), jax.jit(partial(token_logprobs, start.model))
-
-    def draw(params, prompts: Sequence[str], key: jax.Array) -> dict[str, np.ndarray]:
-        parts = []
-        for first in range(0, len(prompts), CHUNK):
-            asked = prompts[first : first + CHUNK]
-            tokens, lengths = text.encode(start.tokenizer, asked, width=config.beginning_tokens)
-            row_ids = np.arange(first * group, (first + len(asked)) * group)
-            rows = sample(params, tokens, lengths, key, row_ids=row_ids)
-            start_logp = score(start.params, rows.tokens, rows.segments, mask=rows.mask)
-            part = {"length": rows.lengths, "truncated": rows.truncated}
-            part |= {"logp": rows.logp.sum(axis=1), "start_logp": start_logp.sum(axis=1)}
-            part = common.to_host(part)
-            endings = text.decode(start.tokenizer, rows.tokens, rows.mask, eos_ids=start.eos_ids)
-            columns = {"truncated": part["truncated"].tolist()}
-            repeated = [prompt for prompt in asked for _ in range(group)]
-            part["reward"] = rewards.evaluate(happy_ending, repeated, endings, columns)
-            part["text"] = np.array(endings, object)
-            parts.append({name: x.reshape(-1, group) for name, x in part.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return draw
-
-
-def pick_pairs(prompts: Sequence[str], endings: dict[str, np.ndarray]) -> list[dict]:
-    """Of each prompt's endings the best and the worst by the rule. Prompts whose endings all tie give no pair."""
-    pairs = []
-    for row, prompt in enumerate(prompts):
-        best, worst = endings["reward"][row].argmax(), endings["reward"][row].argmin()
-        if endings["reward"][row, best] > endings["reward"][row, worst] and all(endings["text"][row, [best, worst]]):
-            sides = {"chosen": best, "rejected": worst}
-            pair = {side: endings["text"][row, i] for side, i in sides.items()}
-            cut_off = {f"{side}_truncated": bool(endings["truncated"][row, i]) for side, i in sides.items()}
-            pairs.append({"prompt": prompt} | pair | cut_off)
-    print(f"{len(prompts)} beginnings, {len(pairs)} pairs, {len(prompts) - len(pairs)} dropped: no ending was better")
-    return pairs
-
-
-def measure(method: str, setting: str, endings: dict[str, np.ndarray]) -> dict[str, float | str]:
-    """One row of the table. The standard error is over prompts; KL is in nats per ending, NLL in nats per token."""
-    means = endings["reward"].mean(axis=1)
-    words = [body.split() for body in endings["text"].flat]
-    grams = [tuple(body[i : i + 3]) for body in words for i in range(len(body) - 2)]
-    return {
-        "method": method,
-        "setting": setting,
-        "reward": float(means.mean()),
-        "error": float(means.std(ddof=1) / len(means) ** 0.5),
-        "kl": float((endings["logp"] - endings["start_logp"]).mean()),
-        "start_nll": float(-endings["start_logp"].sum() / endings["length"].sum()),
-        "distinct_3": len(set(grams)) / max(1, len(grams)),
-        "length": float(endings["length"].mean()),
-        "finished": float(1.0 - endings["truncated"].mean()),
-    }
-
-
-def draw_picture(path: pathlib.Path, points: Sequence[dict]) -> None:
-    """Held-out reward over KL to the start, a line for each method, and the same over the start's NLL."""
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, x in zip(panels, ("kl", "start_nll")):
-        for method, marker in (("start", "s"), ("DPO", "o"), ("GRPO", "^")):
-            chosen = sorted((point for point in points if point["method"] == method), key=lambda point: point[x])
-            xs, ys, errors = ([point[name] for point in chosen] for name in (x, "reward", "error"))
-            axes.errorbar(xs, ys, errors, marker=marker, linewidth=1, capsize=2, label=method)
-            for point in chosen:
-                at = (point[x], point["reward"])
-                axes.annotate(point["setting"], at, (5, -10), textcoords="offset points", fontsize=7)
-        axes.set_xlabel({"kl": "KL to the start (nats per ending)", "start_nll": "NLL under the start (per token)"}[x])
-    panels[0].set_ylabel("reward on held-out beginnings")
-    panels[0].legend()
-    figure.savefig(path, dpi=110)
-
-
-def align(config: Config, pairs: str, beginnings: str) -> Iterator[tuple[str, str, pathlib.Path]]:
-    """Runs DPO at each beta and GRPO at each KL weight; yields method, setting and the folder of each run once done."""
-    shared = {"model": str(config.output / "start"), "seed": config.seed, "learning_rate": config.learning_rate}
-    shared_dpo = shared | {"data": pairs, "steps": config.dpo_steps, "evaluate_every": config.dpo_steps}
-    # the ids of a sampled text can be more than were sampled: rows are cut rather than dropped
-    shared_dpo |= {"limit": config.beginning_tokens + config.max_new_tokens, "truncate": "keep_start"}
-    for beta in config.betas:
-        output = config.output / f"dpo_{beta}"
-        preference.main(preference.Config(**shared_dpo, output=output, beta=beta, batch_size=2 * config.batch_size))
-        yield "DPO", f"beta {beta}", output
-    shared_grpo = shared | {"data": beginnings, "steps": config.grpo_steps, "evaluate_every": config.grpo_steps}
-    shared_grpo |= {"max_prompt_tokens": config.beginning_tokens, "max_new_tokens": config.max_new_tokens}
-    for weight in config.kl_weights:
-        output = config.output / f"grpo_{weight}"
-        settings = {
-            "kl_weight": weight,
-            "prompts": config.batch_size,
-            "group": config.group,
-            "reward": f"{__file__}:happy_ending",
-        }
-        grpo.main(grpo.Config(**shared_grpo, **settings, output=output))
-        yield "GRPO", f"kl {weight}", output
+    folder = config.output
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output folder {folder} exists and is not empty; name a new one, or remove it")
+    start = happy_endings.make_start(config, folder / "start")
+    found = happy_endings.make_beginnings(config, start)
+    asked, prompts = found[: config.held_out], found[config.held_out :]
+    happy_endings.write_lines(folder / "held_out.jsonl", [{"prompt": prompt} for prompt in asked])
+    happy_endings.write_lines(folder / "beginnings.jsonl", [{"prompt": prompt} for prompt in prompts])
+    draw, key = happy_endings.make_draw(config, start, config.group), jax.random.key(config.seed + 2)
+    endings = draw(start.params, prompts, key)
+    happy_endings.write_lines(folder / "first_pairs.jsonl", happy_endings.pick_pairs(config, prompts, endings))
+    train_dpo(config, folder / "first", "first_pairs.jsonl", beta=config.betas[0], seed=config.seed)
+    better = draw(hf.load(folder / "first" / "model").params, prompts, jax.random.fold_in(key, 1))
+    endings = {name: np.concatenate([endings[name], better[name]], axis=1) for name in endings}
+    happy_endings.write_lines(folder / "pairs.jsonl", happy_endings.pick_pairs(config, prompts, endings))
+    train_reward_model(config, folder)
+    return start, asked
 
 
 def main(config: Config) -> list[dict]:
-    """Runs the study and returns the rows of its table."""
+    """Runs the study and returns the lines of its results."""
     begun, folder = time.time(), config.output
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output folder {folder} exists and is not empty; name a new one, or remove it")
-    start = make_start(config, folder / "start")
-    found = make_beginnings(config, start)
-    asked, prompts = found[: config.held_out], found[config.held_out :]
-    write_lines(folder / "held_out.jsonl", [{"prompt": prompt} for prompt in asked])
-    beginnings = write_lines(folder / "beginnings.jsonl", [{"prompt": prompt} for prompt in prompts])
-    endings = make_draw(config, start, config.group)(start.params, prompts, jax.random.key(config.seed + 2))
-    pairs = write_lines(folder / "pairs.jsonl", pick_pairs(prompts, endings))
+    start, asked = prepare(config)
+    reward = hf.load(folder / "reward" / "model").params
+    key = jax.random.key(config.seed + 3)
+    found = happy_endings.make_draw(config, start, config.group)(start.params, asked, key, reward)
+    accuracy = happy_endings.pair_accuracy(found)
+    print("reward model on held-out beginnings:", common.table([accuracy]), sep="\n")
 
-    draw = make_draw(config, start, config.samples)
-    key = jax.random.key(config.seed + 3)  # the same for every model, so that they differ by the policy alone
-    drawn = {"start": draw(start.params, asked, key)}
-    points = [measure("start", "", drawn["start"])]
-    for method, setting, run in align(config, pairs, beginnings):
-        drawn[f"{method} {setting}"] = draw(hf.load(run / "model").params, asked, key)
-        points.append(measure(method, setting, drawn[f"{method} {setting}"]))
-        (folder / "results.json").write_text(json.dumps(points, indent=2) + "\n")
-
-    draw_picture(folder / "stories.png", points)
+    draw = happy_endings.make_draw(config, start, config.samples)
+    trials = [Trial("start", "", seed, folder / "start") for seed in config.seeds] + plan(config)
+    points, samples = [], {}
+    for trial in trials:
+        if trial.method != "start":
+            run(config, trial)
+        params = start.params if trial.method == "start" else hf.load(trial.folder / "model").params
+        endings = draw(params, asked, jax.random.fold_in(key, trial.seed), reward)
+        points.append(happy_endings.measure(trial, endings))
+        samples.setdefault(f"{trial.method} {trial.setting}", endings)
+        (folder / "results.json").write_text(json.dumps({"reward_model": accuracy, "runs": points}, indent=2) + "\n")
+    happy_endings.draw_picture(folder / "stories.png", points)
     with (folder / "samples.txt").open("w") as file:
         for row, prompt in enumerate(asked[:8]):
             file.write(f"== {prompt}\n")
-            for name, endings in drawn.items():
+            for name, endings in samples.items():
                 file.write(f"-- {name}: {endings['reward'][row, 0]:.2f}\n{endings['text'][row, 0]}\n")
-    print(f"{common.table(points)}\n{(time.time() - begun) / 60:.0f} minutes; {folder}")
+    print(f"{common.table(happy_endings.over_seeds(points))}\n{(time.time() - begun) / 60:.0f} minutes; {folder}")
     return points
 
 
