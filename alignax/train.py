@@ -140,7 +140,8 @@ def minibatches(key: Array, batch: Any, count: int) -> Iterator[Any]:
 def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
     """(1 - rate) * average + rate * params, leaf by leaf: a reference that follows the policy.
 
-    rate 1 copies, 0 keeps. Averages with a rate below 1e-3 need float32 (bfloat16 rounds such steps away).
+    rate 1 copies, 0 keeps. Averages with a rate below 1e-3 need float32 (bfloat16 rounds such steps away). An average
+    that is not sharded as the parameters are stays where it is only with `jax.jit(ema, out_shardings=...)`.
     """
 
     def mix(old: Array, new: Array) -> Array:

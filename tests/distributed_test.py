@@ -10,12 +10,16 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from jax.sharding import PartitionSpec
-from problems import Result, assert_same, problems, three_updates
+from jax.sharding import NamedSharding, PartitionSpec
+from problems import ROWS, VOCAB, Result, assert_same, problems, rows, three_updates
 
-from alignax import models, sharding
+from alignax import models, sharding, train
+from alignax.algorithms import ppo, sft
+from alignax.logprobs import last_score, token_logprobs, token_values
 
 PROBLEMS = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 HOW = ("one", "data_8", "data_4_model_2", "pmap")
@@ -57,6 +61,83 @@ def mapped():
     return run
 
 
+def one_device():
+    """How `ppo_step` places nothing: what a network's parameters, and what the rows it reads, are given to."""
+    return dict.fromkeys(("policy", "critic", "reference", "reward"), (jax.device_put, jax.device_put))
+
+
+def each_its_own():
+    """The policy over rows and columns, the critic whole, the reference over all columns, the reward model over rows."""
+
+    def on(mesh, rules, rows=PartitionSpec("data")):
+        def place(tree):
+            return jax.device_put(tree, sharding.shardings(tree, mesh, rules))
+
+        return place, lambda tree: jax.device_put(tree, NamedSharding(mesh, rows))
+
+    mesh, whole = sharding.make_mesh(data=4, model=2), ((r".*", PartitionSpec()),)
+    return {
+        "policy": on(mesh, models.RULES),
+        "critic": on(mesh, whole),
+        "reference": on(sharding.make_mesh(model=8), models.RULES, rows=PartitionSpec()),
+        "reward": on(sharding.make_mesh(data=8), whole),
+    }
+
+
+def small():
+    """A network of one layer that looks back, under the names that `models.RULES` know: compiled in no time."""
+
+    def body(params, tokens, segments):
+        x = params["embed"]["embedding"][tokens]
+        return x + jnp.tanh(jnp.cumsum(x, axis=1) @ params["up"]["kernel"][0]) @ params["down"]["kernel"][0]
+
+    shapes = {"embed": {"embedding": (VOCAB, 16)}, "up": {"kernel": (1, 16, 24)}, "down": {"kernel": (1, 24, 16)}}
+    shapes |= {"head": {"kernel": (16, VOCAB)}}
+    normal = np.random.default_rng(0).normal
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * normal(size=x)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return models.from_apply(body, head=lambda params, x: x @ params["head"]["kernel"]), params
+
+
+def ppo_step(place):
+    """One step of PPO, each network in its place: scores, experience, both updates, a reference that follows."""
+    policy, params = small()
+    scalar, scalar_params = models.with_score(policy), models.add_score(policy, params, jax.random.key(1))
+    optimizer = optax.sgd(0.1)
+    networks = {
+        "policy": train.TrainState.create(params, optimizer),
+        "critic": train.TrainState.create(scalar_params, optimizer),
+        "reference": jax.tree.map(lambda x: 0.9 * x, params),
+        "reward": jax.tree.map(lambda x: 1.1 * x, scalar_params),
+    }
+    state, critic, reference, reward = (place[name][0](tree) for name, tree in networks.items())
+    drawn = sft.Batch(**rows(ROWS))
+
+    def read(name, function, params):
+        """What a frozen network says, brought to where the policy's rows are."""
+        return place["policy"][1](jax.jit(function)(params, place[name][1](drawn)))
+
+    def learn(state, critic, drawn, ref_logp, scores):
+        where = {"tokens": drawn.tokens, "segments": drawn.segments, "mask": drawn.mask}
+        logp, values = token_logprobs(policy, state.params, **where), token_values(scalar, critic.params, **where)
+        batch, said = ppo.experience(drawn, scores, logp=logp, ref_logp=ref_logp, values=values)
+        state, metrics = train.make_update(ppo.make_loss(policy), optimizer)(state, batch)
+        critic, critic_metrics = train.make_update(ppo.make_value_loss(scalar), optimizer)(critic, batch)
+        return state, critic, batch, said | metrics | {f"critic/{name}": x for name, x in critic_metrics.items()}
+
+    ref_logp = read("reference", lambda p, x: token_logprobs(policy, p, x.tokens, x.segments, mask=x.mask), reference)
+    scores = read("reward", lambda p, x: last_score(scalar, p, x.tokens, x.segments), reward)
+    new, new_critic, batch, metrics = jax.jit(learn)(state, critic, place["policy"][1](drawn), ref_logp, scores)
+    follow = jax.jit(train.ema, out_shardings=jax.tree.map(lambda x: x.sharding, reference))
+    followed = follow(reference, new.params, rate=0.3)
+    jax.tree.map(assert_same_place, (state, critic, reference), (new, new_critic, followed))
+    step = {"policy": new.params, "critic": new_critic.params, "reference": followed}
+    return step | {"batch": batch._asdict(), "metrics": metrics}
+
+
+def assert_same_place(before, after):
+    assert after.sharding.is_equivalent_to(before.sharding, after.ndim), (before.sharding, after.sharding)
+
+
 def main(out):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     arrays = {}
@@ -71,12 +152,15 @@ def main(out):
         for how, result in results.items():
             leaves = jax.tree_util.tree_leaves_with_path(result)
             arrays |= {f"{name}/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    for how, place in (("one", one_device()), ("apart", each_its_own())):
+        leaves = jax.tree_util.tree_leaves_with_path(ppo_step(place))
+        arrays |= {f"placed/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     np.savez(out, **arrays)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{"problem/how": Result} as the other process computed them."""
+def saved(tmp_path_factory):
+    """The arrays that the other process computed, by name."""
     out = tmp_path_factory.mktemp("distributed") / "results.npz"
     tests = pathlib.Path(__file__).parent
     env = os.environ | {
@@ -86,12 +170,17 @@ def results(tmp_path_factory):
     }
     done = subprocess.run([sys.executable, __file__, out], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    saved = np.load(out)
+    return dict(np.load(out))
+
+
+@pytest.fixture(scope="module")
+def results(saved):
+    """{"problem/how": Result}."""
 
     def read(name, how):
         prefix, (_, params) = f"{name}/{how}", problems()[name].start()
         metrics = {}
-        for key in saved.files:
+        for key in saved:
             if key.startswith(f"{prefix}.metrics"):
                 metrics[key.removeprefix(f"{prefix}.metrics['").removesuffix("']")] = saved[key]
 
@@ -108,6 +197,18 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_eight_devices_equal_one(results, name, how):
     assert_same(results[f"{name}/{how}"], results[f"{name}/one"])
+
+
+def test_networks_placed_apart_equal_one_device(saved):
+    prefix = "placed/one"
+    names = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+    assert len(names) > 30
+    for name in names:
+        np.testing.assert_allclose(
+            saved[f"placed/apart{name}"], saved[prefix + name], rtol=2e-5, atol=2e-6, err_msg=name
+        )
+    before = small()[1]["head"]["kernel"]
+    assert np.max(np.abs(saved["placed/one['policy']['head']['kernel']"] - before)) > 1e-3
 
 
 def test_no_problem_is_forgotten():
