@@ -309,6 +309,9 @@ def test_value_metrics_of_other_programs(vectors):
         np.testing.assert_allclose(metrics["values/clip_fraction"].value(), expected["clipfrac"], atol=1e-6)
         chosen = np.array(x["mask"]) > 0
         np.testing.assert_allclose(metrics["values"].value(), np.array(x["values"])[chosen].mean(), rtol=1e-6)
+        right = {name: jnp.roll(params, 1, axis=1) for name in ("old_values", "returns")}
+        _, metrics = loss_fn(params, batch._replace(**right), None, {})
+        assert metrics["values/clip_fraction"].value() == 0  # nothing to learn is not a gradient taken away
 
 
 @pytest.mark.parametrize("make_loss", [ppo.make_value_loss, ppo.make_shared_loss])
