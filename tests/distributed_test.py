@@ -67,20 +67,20 @@ def one_device():
 
 
 def each_its_own():
-    """The policy over rows and columns, the critic whole, the reference over all columns, the reward model over rows."""
+    """The policy over rows and columns, the critic whole, the reference over columns, the reward model over rows."""
 
-    def on(mesh, rules, rows=PartitionSpec("data")):
+    def on(mesh, rules, *axes):
         def place(tree):
             return jax.device_put(tree, sharding.shardings(tree, mesh, rules))
 
-        return place, lambda tree: jax.device_put(tree, NamedSharding(mesh, rows))
+        return place, lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
     mesh, whole = sharding.make_mesh(data=4, model=2), ((r".*", PartitionSpec()),)
     return {
-        "policy": on(mesh, models.RULES),
-        "critic": on(mesh, whole),
-        "reference": on(sharding.make_mesh(model=8), models.RULES, rows=PartitionSpec()),
-        "reward": on(sharding.make_mesh(data=8), whole),
+        "policy": on(mesh, models.RULES, "data"),
+        "critic": on(mesh, whole, "data"),
+        "reference": on(sharding.make_mesh(model=8), models.RULES),
+        "reward": on(sharding.make_mesh(data=8), whole, "data"),
     }
 
 
