@@ -272,11 +272,12 @@ def vectors(shared):
 def test_policy_metrics_of_other_programs(vectors):
     vectors = [vector for vector in vectors if vector["function"] == "ppo_clip_loss"]
     assert [vector["id"] for vector in vectors] == [f"V06{i}" for i in range(1, 7)]
+    metrics = jax.jit(partial(policy_metrics, losses.ppo_clip))
     for vector in vectors:
         x, hyper, expected = vector["inputs"], vector["hyperparameters"], vector["expected"]
         logp, old_logp, advantages, mask = (jnp.asarray(x[name]) for name in ("logp", "old_logp", "adv", "mask"))
         clips = {"clip_low": hyper["eps_low"], "clip_high": hyper["eps_high"], "dual_clip": hyper.get("dual_clip_c")}
-        found = policy_metrics(losses.ppo_clip, logp, old_logp, advantages, mask, None, clips)
+        found = metrics(logp, old_logp, advantages, mask, None, clips)
         # theirs tells clipping by the lower bound of a bad token's loss (dual clip) apart
         clipped = expected["clipfrac"] + expected.get("clipfrac_lower", 0)
         np.testing.assert_allclose(found["clip_fraction"].value(), clipped, atol=1e-6, err_msg=vector["id"])
@@ -302,15 +303,21 @@ def test_value_metrics_of_other_programs(vectors):
         loss_fn = ppo.make_value_loss(
             critic, value_loss=partial(losses.value_clip, clip=vector["hyperparameters"]["clip_eps"])
         )
-        gradient = jax.grad(lambda params: loss_fn(params, batch, None, {})[0]["value"].mean.value())(params)
-        terms, metrics = loss_fn(params, batch, None, {})
-        np.testing.assert_allclose(terms["value"].mean.value(), expected["loss"], rtol=1e-5)
+
+        @partial(jax.value_and_grad, has_aux=True)
+        def learn(params, batch):
+            terms, metrics = loss_fn(params, batch, None, {})
+            return terms["value"].mean.value(), metrics
+
+        learn = jax.jit(learn)
+        (loss, metrics), gradient = learn(params, batch)
+        np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(gradient[:, :-1], expected["grad_values"], atol=1e-6)
         np.testing.assert_allclose(metrics["values/clip_fraction"].value(), expected["clipfrac"], atol=1e-6)
         chosen = np.array(x["mask"]) > 0
         np.testing.assert_allclose(metrics["values"].value(), np.array(x["values"])[chosen].mean(), rtol=1e-6)
         right = {name: jnp.roll(params, 1, axis=1) for name in ("old_values", "returns")}
-        _, metrics = loss_fn(params, batch._replace(**right), None, {})
+        (_, metrics), _ = learn(params, batch._replace(**right))
         assert metrics["values/clip_fraction"].value() == 0  # nothing to learn is not a gradient taken away
 
 
