@@ -18,6 +18,8 @@ TINY = {
     "pretrain_steps": 60,
     "sft_steps": 5,
     "dpo_steps": 2,
+    "reward_steps": 3,
+    "ppo_steps": 2,
     "grpo_steps": 2,
     "batch_size": 16,
     "group": 4,
@@ -67,20 +69,23 @@ def test_pairs_hold_a_right_and_a_wrong_answer_to_one_problem():
 def test_a_short_run(tmp_path, capfd):
     config = Config(output=tmp_path / "out", **TINY)
     table = quickstart.main(config)
-    assert [row["stage"] for row in table] == ["base", "SFT", "DPO", "GRPO"]
+    assert [row["stage"] for row in table] == ["base", "SFT", "DPO", "PPO", "GRPO"]
     for row in table:
         assert 0 <= row["accuracy"] <= 1 and 0 <= row["greedy"] <= 1
         assert math.isfinite(row["kl"]) and row["seconds"] >= 0
     assert table[1]["kl"] == 0  # the samples' log-probabilities are the trainer's
-    assert table[2]["kl"] != 0 != table[3]["kl"]
+    assert all(row["kl"] != 0 for row in table[2:])
 
     printed = capfd.readouterr().out
-    assert printed.count(">>>") == 16 and "stage  accuracy" in printed
+    assert printed.count(">>>") == 20 and "stage  accuracy" in printed
     assert (config.output / "curves.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(1, 66), 65, 66, 67, 67, 68, 69]
+    assert [line["step"] for line in lines] == [*range(1, 66), 65, 66, 67, 68, 69, 70, 70, 70, 71, 72, 72, 73, 74]
     assert all(value is not None for line in lines for value in line.values())
     assert lines[66]["dpo/loss"] == pytest.approx(math.log(2), abs=1e-5)  # nothing learned yet: the reference is right
+    assert lines[71].keys() == {"step", "reward/accuracy"} and 0 <= lines[71]["reward/accuracy"] <= 1
+    assert f"right about {lines[71]['reward/accuracy']:.3f} of held-out pairs" in printed
+    assert lines[74].keys() > {"ppo/reward", "ppo/explained_variance", "ppo/accuracy", "ppo/greedy", "ppo/kl"}
     assert lines[-1].keys() > {"grpo/reward", "grpo/accuracy", "grpo/greedy", "grpo/kl"}
     loaded = hf.load(config.output / "model")
     assert loaded.eos_ids == (quickstart.EOS,) and loaded.tokenizer is None
