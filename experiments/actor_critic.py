@@ -100,7 +100,8 @@ def value_loss(config: Any) -> Callable[..., Array]:
 
 def hyperparameters(config: Any) -> tuple[dict, dict]:
     """What the policy's update and what the critic's is given to trace."""
-    policy = {name: getattr(config, name) for name in ("temperature", "clip_low", "clip_high", "entropy_weight")}
+    policy = {name: getattr(config, name) for name in ("temperature", "clip_low", "clip_high")}
+    policy |= {"entropy_weight": config.entropy_weight} if config.entropy_weight else {}
     return policy, {"clip": config.value_clip} if config.value_clip else {}
 
 

@@ -133,6 +133,32 @@ def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> Non
         raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices of the data axis each")
 
 
+def check_ranges(config: Any, *, least: Mapping[Any, float], most: Mapping[Any, float] | None = None) -> None:
+    """Refuses numbers of a Config that are below or above their bound, or none.
+
+    Raises:
+      ValueError: naming the field, what it is and what was expected.
+    """
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:  # NaN is not
+            raise ValueError(f"{name}={getattr(config, name)}; expected {bound} or more")
+    for name, bound in (most or {}).items():
+        if not getattr(config, name) <= bound:
+            raise ValueError(f"{name}={getattr(config, name)}; expected {bound} or less")
+
+
+def load_policy(folder: str, **options: Any) -> hf.Loaded:
+    """A language model's folder; `options` are those of `hf.load`.
+
+    Raises:
+      ValueError: for a reward model's folder, whose head gives no tokens.
+    """
+    loaded = hf.load(folder, **options)
+    if loaded.model.values is not None:
+        raise ValueError(f"{folder}: a reward model; expected a language model, a ...ForCausalLM folder")
+    return loaded
+
+
 def hold_out(config: Any, rows: list, summary: str) -> tuple[list, list]:
     """Rows to train on and rows held out; prints the summary of what was read.
 

@@ -111,6 +111,8 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
     if config.epochs < 1 or config.minibatches < 1:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
+    least = {"ema_rate": 0, "clip_low": 0, "clip_high": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}
+    common.check_ranges(config, least=least, most={"ema_rate": 1, "clip_low": 1})
     common.check(config, mesh, rows=config.prompts, parts=1)
     common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
@@ -136,7 +138,7 @@ def main(config: Config) -> dict[str, float]:
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check_counts(config, mesh)
-    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
     # one width for all prompts: it is part of the sampler's and the update's compiled shapes
     width = max(prompt.length for prompt in [*prompts, *held_out])

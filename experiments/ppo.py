@@ -10,6 +10,7 @@ policy is its own), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
 from functools import partial
@@ -119,8 +120,8 @@ class Config:
     entropy_weight: float = 0.0
     """Of the entropy bonus."""
     target_kl: float = 0.0
-    """End the passes over a rollout once the KL between old and new policy, per token, is above 1.5 times this; 0 does
-    not look."""
+    """End the passes over a rollout, the critic's too, once the KL between old and new policy, per token and before an
+    update, is above 1.5 times this; 0 does not look."""
     critic_warmup: int = 0
     """First rollouts from which only the critic learns."""
     held_out: float = 0.1
@@ -132,9 +133,9 @@ class Config:
     learning_rate: float = 1e-6
     """Peak learning rate of the policy's AdamW."""
     critic_learning_rate: float = 1e-5
-    """The same of the critic's."""
+    """The same of the critic's, where it is a network of its own."""
     warmup: int = 5
-    """Updates over which the learning rates rise."""
+    """Updates over which the learning rates rise; schedules count all updates there may be."""
     schedule: common.Schedule = "constant"
     """How they fall afterwards."""
     max_grad_norm: float = 1.0
@@ -160,18 +161,22 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
     if config.critic == "shared" and config.critic_warmup:
         raise ValueError("--critic shared has no critic_warmup: its body is the policy's; choose policy")
-    for name in ("group", "epochs", "minibatches"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
-    for name in ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name}={getattr(config, name)}; expected 0 or more")
-    for name in ("kl_horizon", "temperature", "learning_rate", "critic_learning_rate"):
+    if config.kl_target and not config.kl_coef:
+        raise ValueError("kl_target needs a kl_coef above 0, which it multiplies")
+    if config.target_kl and config.epochs * config.minibatches == 1:
+        raise ValueError(
+            "target_kl looks at the policy before each update but the first; a rollout has only one update"
+        )
+    at_least_one = ("group", "epochs", "minibatches", "evaluate_prompts", "max_new_tokens", "kl_horizon")
+    at_least_zero = ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight")
+    at_least_zero += ("clip_low", "clip_high", "gamma", "lambda_", "ema_rate", "missing_eos_penalty", "max_grad_norm")
+    at_least_zero += ("entropy_weight", "learning_rate", "critic_learning_rate", "temperature")
+    at_most_one = ("clip_low", "gamma", "lambda_", "ema_rate")
+    most = dict.fromkeys(at_most_one, 1) | {"critic_warmup": config.steps - 1}
+    common.check_ranges(config, least=dict.fromkeys(at_least_one, 1) | dict.fromkeys(at_least_zero, 0), most=most)
+    for name in ("learning_rate", "critic_learning_rate", "temperature"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected a number above 0")
-    for name in ("gamma", "lambda_", "ema_rate"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name}={getattr(config, name)}; expected 0 to 1")
     common.check(config, mesh, rows=config.prompts, parts=1)
     common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
@@ -249,6 +254,36 @@ def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) ->
     return collect
 
 
+def adapt(config: Config, kept: Kept, policy: Params, kl: jax.Array, count: jax.Array, follow: Callable) -> Kept:
+    """What follows the policy once it has learned from a rollout: the weight of the KL and the reference."""
+    if config.kl_target:
+        control = partial(controllers.adaptive_kl, target=config.kl_target, horizon=config.kl_horizon, count=count)
+        kept = kept._replace(kl_coef=control(kept.kl_coef, kl))
+    if config.ema_rate:
+        kept = kept._replace(reference=follow(kept.reference, policy, rate=config.ema_rate))
+    return kept
+
+
+def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, kept: Kept) -> None:
+    """model/, and critic/ where it is a network of its own; value_norm.json says in which units the critic speaks."""
+    hf.save(config.output / "model", loaded.model, learner.policy(states), loaded.tokenizer)
+    if config.critic != "shared":
+        hf.save(config.output / "critic", learner.critic_model, learner.critic(states), loaded.tokenizer)
+    if config.value_normalisation:
+        units = {"mean": float(kept.values.mean), "variance": float(kept.values.variance)}
+        (config.output / "value_norm.json").write_text(json.dumps(units) + "\n")
+
+
+def check_context(length: int, networks: dict[str, hf.Loaded | None]) -> None:
+    """Refuses rows longer than a network was made for."""
+    for name, loaded in networks.items():
+        if loaded is not None and length > loaded.model.config.max_positions:
+            raise ValueError(
+                f"a prompt and max_new_tokens are up to {length} tokens; expected at most "
+                f"{loaded.model.config.max_positions}, the context of the {name}"
+            )
+
+
 def learn_from(
     config: Config, learner: Learner, states: States, batch: ppo.Batch, key: jax.Array, mesh, *, critic_only: bool
 ) -> tuple[States, dict[str, jax.Array]]:
@@ -268,7 +303,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
-    loaded, reward, summands = hf.load(config.model, **options), None, []
+    loaded, reward, summands = common.load_policy(config.model, **options), None, []
     if config.reward_model:
         size = rollouts.rows_at_once(config)
         found = rollouts.learned(
@@ -280,6 +315,7 @@ def main(config: Config) -> dict[str, float]:
     prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
     # one width for all prompts: it is part of the sampler's and the updates' compiled shapes
     width = max(prompt.length for prompt in [*prompts, *held_out])
+    check_context(width + config.max_new_tokens, {"policy": loaded, "reward model": reward})
     batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
     sampler, learner = rollouts.make_sampler(config, loaded), make_learner(config, loaded, reward, mesh)
     collect, follow = make_collect(config, sampler, learner), jax.jit(train.ema)
@@ -304,22 +340,14 @@ def main(config: Config) -> dict[str, float]:
             only = step <= config.critic_warmup
             states, metrics = learn_from(config, learner, states, batch, order_key, mesh, critic_only=only)
             metrics |= said | rollouts.rollout_metrics(rows, verdict, np.asarray(weights) > 0)
-            if config.kl_target:
-                count, kl = jnp.sum(weights), said["objective/kl"]
-                new = controllers.adaptive_kl(
-                    kept.kl_coef, kl, target=config.kl_target, horizon=config.kl_horizon, count=count
-                )
-                kept = kept._replace(kl_coef=new)
-            if config.ema_rate and not only:
-                kept = kept._replace(reference=follow(kept.reference, learner.policy(states), rate=config.ema_rate))
+            if not only:
+                kept = adapt(config, kept, learner.policy(states), said["objective/kl"], jnp.sum(weights), follow)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(learner.policy(states))
                 metrics |= result
             run.log(step, metrics)
     common.print_samples("after", questions["prompts"][:4], completions[:4])
-    hf.save(config.output / "model", loaded.model, learner.policy(states), loaded.tokenizer)
-    if config.critic != "shared":
-        hf.save(config.output / "critic", learner.critic_model, learner.critic(states), loaded.tokenizer)
+    save(config, loaded, learner, states, kept)
     before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
     print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
     return result

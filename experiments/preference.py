@@ -123,7 +123,7 @@ def main(config: Config) -> dict[str, float]:
     hyper = {"beta": config.beta} | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {})
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
-    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     if config.limit > loaded.model.config.max_positions:
         raise ValueError(
             f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"

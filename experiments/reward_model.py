@@ -97,9 +97,20 @@ def rank(tokenizer, pair: data.Pair, *, preferred: float, **options) -> Ranked:
         value = given[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise data.BadRow(pair.where, f"wrong {name}", f"{value!r}; expected a number")
-    if not 0 <= given["preference"] <= 1:
-        raise data.BadRow(pair.where, "wrong preference", f"{given['preference']}; expected a probability")
-    return Ranked(preference.tokenize(tokenizer, pair, **options), given["margin"], given["preference"])
+    if not 0.5 <= given["preference"] <= 1:
+        found = f"{given['preference']}; expected a probability of at least 0.5, or the sides the other way round"
+        raise data.BadRow(pair.where, "wrong preference", found)
+    sides = [up_to_the_end(side) for side in preference.tokenize(tokenizer, pair, **options)]
+    return Ranked(data.TokenPair(*sides), given["margin"], given["preference"])
+
+
+def up_to_the_end(row: data.TokenRow) -> data.TokenRow:
+    """The row without what follows its last own token: a template may write a line end after EOS, a sampler does not.
+
+    The score is read at the last token, which must be the one that a sampled row ends on.
+    """
+    end = int(np.flatnonzero(row.mask)[-1]) + 1
+    return data.TokenRow(row.tokens[:end], row.mask[:end])
 
 
 def collate(rows: list[Ranked], weights: np.ndarray, **options) -> dict:
@@ -133,8 +144,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after minutes."""
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={config.label_smoothing}; expected 0 to below 0.5")
-    if config.centering_weight < 0:
-        raise ValueError(f"centering_weight={config.centering_weight}; expected 0 or more")
+    common.check_ranges(config, least={"centering_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4})
     common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
 
 

@@ -117,6 +117,8 @@ def judge(
     prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
     rows = [row for row in asked["columns"] for _ in range(group)]
     columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
+    if "truncated" in columns:
+        raise ValueError("a column of the prompts is named 'truncated', which rewards are told of samples; rename it")
     columns["truncated"] = common.to_host(samples.truncated).tolist()
     parts = {part.name: part.score(prompts, completions, samples, columns) for part in summands}
     total = sum(part.weight * parts[part.name] for part in summands)
@@ -159,8 +161,9 @@ def passes(key: jax.Array, rollout: Any, *, epochs: int, minibatches: int) -> It
 
 
 def mean_of(parts: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
-    """The mean of each metric over a rollout's updates, and how many there were."""
-    return {name: jnp.mean(jnp.stack([part[name] for part in parts])) for name in parts[0]} | {"updates": len(parts)}
+    """Each metric over a rollout's updates, the mean or, for .../max, the largest; and how many updates there were."""
+    over = {name: jnp.max if name.endswith("/max") else jnp.mean for name in parts[0]}
+    return {name: f(jnp.stack([part[name] for part in parts])) for name, f in over.items()} | {"updates": len(parts)}
 
 
 def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:

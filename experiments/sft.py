@@ -52,6 +52,8 @@ class Config:
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
     every_turn: bool = False
     """In conversations, train on every assistant turn, not only on the last."""
+    aux_weight: float = 0.0
+    """For a mixture of experts: the weight of its load-balancing loss, over each micro-batch; 0 leaves it out."""
     held_out: float = 0.05
     """Fraction of the rows that is evaluated on and never trained on."""
     evaluate_every: int = 50
@@ -100,7 +102,7 @@ def main(config: Config) -> dict[str, float]:
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
-    loaded = hf.load(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     if config.limit > loaded.model.config.max_positions:
         raise ValueError(
             f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
@@ -119,7 +121,7 @@ def main(config: Config) -> dict[str, float]:
         max_grad_norm=config.max_grad_norm,
     )
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    loss_fn = sft.make_loss(loaded.model)
+    loss_fn = sft.make_loss(loaded.model, aux_weight=config.aux_weight or None)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(loss_fn))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])

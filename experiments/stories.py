@@ -172,7 +172,12 @@ def run(config: Config, trial: Trial) -> None:
 # What PPO is run without; the number of endings that it learns from stays the same.
 WITHOUT: dict[str, Callable[[dict], dict]] = {
     "whitened advantages": lambda settings: {"whiten_advantages": False},
-    "large rollouts": lambda settings: {"prompts": settings["prompts"] // 4, "steps": settings["steps"] * 4},
+    # four times as many updates at the same rate; the reference follows as far over the run
+    "large rollouts": lambda settings: {
+        "prompts": settings["prompts"] // 4,
+        "steps": settings["steps"] * 4,
+        "ema_rate": 1 - (1 - settings["ema_rate"]) ** 0.25,
+    },
     "a moving reference": lambda settings: {"ema_rate": 0.0},
 }
 

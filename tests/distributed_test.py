@@ -164,7 +164,7 @@ def saved(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed") / "results.npz"
     tests = pathlib.Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
         "PYTHONPATH": str(tests),
         "JAX_PLATFORMS": "cpu",
     }

@@ -12,7 +12,7 @@ def policy_metrics(policy_loss, logp, old_logp, advantages, mask, weights, hyper
     logp = jax.lax.stop_gradient(logp)
     _, pull = jax.vjp(lambda x: policy_loss(x, old_logp, advantages, mask, **hyper), logp)
     gradient = pull(jnp.ones_like(logp))[0]
-    ratio = jnp.exp(jnp.where(mask != 0, logp - old_logp, 0.0))
+    ratio = jnp.exp(jnp.clip(jnp.where(mask != 0, logp - old_logp, 0.0), -20.0, 20.0))  # as in the losses
     clipped = (gradient == 0) & (jnp.where(mask != 0, advantages, 0.0) != 0)
     return {
         "ratio": reduce.token_mean(ratio, mask, weights),

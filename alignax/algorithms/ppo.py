@@ -101,7 +101,7 @@ def make_loss(
     model: Model,
     *,
     policy_loss: Callable[..., Array] = losses.ppo_clip,
-    entropy_weight: Scalar = 0.0,
+    entropy_weight: Scalar | None = None,
     temperature: Scalar = 1.0,
     mean: Callable[..., Mean] = reduce.token_mean,
 ) -> LossFn:
@@ -110,7 +110,7 @@ def make_loss(
     Args:
       model: the policy.
       policy_loss: any `loss(logp, old_logp, advantages, mask, *, ...) -> [B, T]`.
-      entropy_weight: of the entropy bonus (paper: c2).
+      entropy_weight: of the entropy bonus (paper: c2); None: there is none, and its gradient costs nothing.
       temperature: the sampler's, at which log-probabilities are taken.
       mean: a reduction of `alignax.reduce`, for both terms.
 
@@ -164,7 +164,7 @@ def make_shared_loss(
     policy_loss: Callable[..., Array] = losses.ppo_clip,
     value_loss: Callable[..., Array] = losses.value_clip,
     value_weight: Scalar = 0.1,
-    entropy_weight: Scalar = 0.0,
+    entropy_weight: Scalar | None = None,
     temperature: Scalar = 1.0,
     mean: Callable[..., Mean] = reduce.token_mean,
 ) -> LossFn:
@@ -204,10 +204,9 @@ def _scored(model: Model, params: Params, batch: Batch, temperature: Scalar, wan
 def _policy_terms(scores: Scores, batch: Batch, policy_loss: Callable, mean: Callable, hyper: dict):
     bonus = hyper.pop("entropy_weight")
     arguments = (scores.logp, batch.old_logp, batch.advantages, batch.mask)
-    terms = {
-        "policy": Term(1.0, mean(policy_loss(*arguments, **hyper), batch.mask, batch.weights)),
-        "entropy": Term(-bonus, mean(scores.entropy, batch.mask, batch.weights)),
-    }
+    terms = {"policy": Term(1.0, mean(policy_loss(*arguments, **hyper), batch.mask, batch.weights))}
+    if bonus is not None:
+        terms["entropy"] = Term(-bonus, mean(scores.entropy, batch.mask, batch.weights))
     metrics = policy_metrics(policy_loss, *arguments, batch.weights, hyper)
     metrics["entropy"] = reduce.token_mean(scores.entropy, batch.mask, batch.weights)
     return terms, jax.lax.stop_gradient(metrics)

@@ -18,7 +18,7 @@ import reward_model
 import rollouts
 import sft
 
-from alignax import moments, sampling, sharding
+from alignax import data, moments, sampling, sharding
 from alignax.io import hf
 
 
@@ -250,7 +250,8 @@ def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_pa
     assert "ratio" not in lines[0] and [line["updates"] for line in lines] == [4] * 3  # the critic alone at first
     # so that the policy of the second rollout is still the reference
     assert [abs(line["objective/kl"]) < 1e-5 for line in lines] == [True, True, False]
-    np.testing.assert_allclose([line["kl_coef"] for line in lines], 0.05 * (1 - 0.2 * 8 / 10) ** np.arange(3), 1e-5)
+    # nor does the weight of the KL move as long as nothing can change the KL
+    np.testing.assert_allclose([line["kl_coef"] for line in lines], [0.05, 0.05, 0.05 * (1 - 0.2 * 8 / 10)], 1e-5)
     assert abs(lines[0]["objective/scores"]) <= 1 and "reward/rule" not in lines[0]
 
 
@@ -335,12 +336,22 @@ def write_rules(folder, name):
             r"missing_eos_penalty=1\.0.*set the penalty to 0",
         ),
         ({"reward": "vowels", "critic": "shared", "critic_warmup": 1}, "--critic shared has no critic_warmup"),
-        ({"reward": "vowels", "critic": "policy", "epochs": 0}, "epochs=0; expected at least 1"),
+        ({"reward": "vowels", "critic": "policy", "epochs": 0}, "epochs=0; expected 1 or more"),
+        ({"reward": "vowels", "critic": "policy", "clip_high": float("nan")}, "clip_high=nan; expected 0 or more"),
+        (
+            {"reward": "vowels", "critic": "policy", "kl_coef": 0.0, "kl_target": 6.0},
+            "kl_target needs a kl_coef above 0",
+        ),
+        ({"reward": "vowels", "critic": "policy", "critic_warmup": 100}, "critic_warmup=100; expected 99 or less"),
+        (
+            {"reward": "vowels", "critic": "policy", "epochs": 1, "minibatches": 1, "target_kl": 0.1},
+            "a rollout has only one update",
+        ),
         ({"reward": "vowels", "critic": "policy", "kl_coef": -0.1}, r"kl_coef=-0\.1; expected 0 or more"),
-        ({"reward": "vowels", "critic": "policy", "lambda_": 1.5}, r"lambda_=1\.5; expected 0 to 1"),
+        ({"reward": "vowels", "critic": "policy", "lambda_": 1.5}, r"lambda_=1\.5; expected 1 or less"),
         ({"reward": "vowels", "critic": "policy", "temperature": 0.0}, r"temperature=0\.0; expected a number above 0"),
         ({"reward": "vowels", "critic": "policy", "minibatches": 3}, "8 rows do not divide into 3 parts"),
-        ({"reward": "vowels", "critic": "policy", "max_new_tokens": 4096}, "expected at most the model's 2048"),
+        ({"reward": "vowels", "critic": "policy", "max_new_tokens": 4096}, r"tokens; expected at most\s+2048"),
         ({"reward_model": "itself"}, "a language model; expected a reward model"),
     ],
 )
@@ -368,6 +379,33 @@ def test_a_reward_model_that_says_nan_and_a_rule_that_says_too_little(tiny_folde
     few = rollouts.rule(write_rules(tmp_path, "few"), 1.0)
     with pytest.raises(ValueError, match="reward few returned 1 numbers for 2 completions"):
         few.score(["one", "two"], ["a", "b"], rows, {})
+
+
+def test_a_reward_model_is_no_policy(tiny_folder, reward_folder, tmp_path):
+    data, folder = write(tmp_path / "data.jsonl", prompts(12)), str(reward_folder / "model")
+    config = {"model": folder, "data": data, "output": tmp_path / "out"}
+    for main, given in (
+        (ppo.main, ppo.Config(**config | PPO, reward_model=folder)),
+        (grpo.main, grpo.Config(**config, reward="last_number")),
+        (sft.main, sft.Config(**config)),
+        (preference.main, preference.Config(**config)),
+    ):
+        with pytest.raises(ValueError, match="a reward model; expected a language model"):
+            main(given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs_are_scored_where_a_sampled_row_ends():
+    """A template may write a line end after EOS; the policy's rows end on EOS."""
+    row = data.TokenRow(np.arange(6), np.array([False, False, True, True, False, False]))
+    np.testing.assert_array_equal(reward_model.up_to_the_end(row).tokens, [0, 1, 2, 3])
+    np.testing.assert_array_equal(reward_model.up_to_the_end(row).mask, [False, False, True, True])
+
+
+def test_metrics_of_several_updates():
+    parts = [{"ratio": jnp.array(1.0), "ratio/max": jnp.array(x)} for x in (2.0, 6.0)]
+    found = rollouts.mean_of(parts)
+    assert (found["ratio"], found["ratio/max"], found["updates"]) == (1.0, 6.0, 2)
 
 
 def test_ppo_refuses_a_reward_model_of_other_tokens(tiny_folder, reward_folder, tmp_path):
