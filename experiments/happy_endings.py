@@ -186,9 +186,13 @@ def draw_picture(path: pathlib.Path, points: Sequence[dict]) -> None:
             chosen = [point for point in points if point["method"] == method]
             if not chosen:
                 continue
-            axes.scatter([p[x] for p in chosen], [p["reward"] for p in chosen], 14, colour, marker, alpha=0.5)
+            axes.scatter(
+                [p[x] for p in chosen], [p["reward"] for p in chosen], s=14, color=colour, marker=marker, alpha=0.5
+            )
             means = sorted(over_seeds(chosen), key=lambda row: row[x])
-            axes.plot([row[x] for row in means], [row["reward"] for row in means], colour, linewidth=1, label=method)
+            axes.plot(
+                [row[x] for row in means], [row["reward"] for row in means], color=colour, linewidth=1, label=method
+            )
             for row in means:
                 at = (row[x], row["reward"])
                 axes.annotate(row["setting"], at, (5, -10), textcoords="offset points", fontsize=7)

@@ -23,6 +23,10 @@ from alignax.logprobs import last_score, token_logprobs, token_values
 
 PROBLEMS = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 HOW = ("one", "data_8", "data_4_model_2", "pmap")
+# rows over all devices is the mesh of fewest surprises: not paid for by every problem
+RUNS = [
+    (name, how) for name in PROBLEMS for how in HOW if how != "data_8" or name in ("sft", "dpo", "grpo", "ppo_shared")
+]
 
 
 def on_mesh(**axes):
@@ -143,13 +147,14 @@ def main(out):
     arrays = {}
     for name in PROBLEMS:
         problem = problems()[name]
-        results = {
-            "one": three_updates(problem),
-            "data_8": three_updates(problem, run=on_mesh(data=8)),
-            "data_4_model_2": three_updates(problem, run=on_mesh(data=4, model=2), microbatches=2),
-            "pmap": three_updates(problem, run=mapped(), microbatches=2, axis_name="device"),
+        runs = {
+            "one": {},
+            "data_8": {"run": on_mesh(data=8)},
+            "data_4_model_2": {"run": on_mesh(data=4, model=2), "microbatches": 2},
+            "pmap": {"run": mapped(), "microbatches": 2, "axis_name": "device"},
         }
-        for how, result in results.items():
+        for how in (how for which, how in RUNS if which == name):
+            result = three_updates(problem, **runs[how])
             leaves = jax.tree_util.tree_leaves_with_path(result)
             arrays |= {f"{name}/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     for how, place in (("one", one_device()), ("apart", each_its_own())):
@@ -164,7 +169,7 @@ def saved(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed") / "results.npz"
     tests = pathlib.Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(tests),
         "JAX_PLATFORMS": "cpu",
     }
@@ -190,11 +195,10 @@ def results(saved):
 
         return Result(tree("gradient"), tree("params"), metrics)
 
-    return {f"{name}/{how}": read(name, how) for name in PROBLEMS for how in HOW}
+    return {f"{name}/{how}": read(name, how) for name, how in RUNS}
 
 
-@pytest.mark.parametrize("how", HOW[1:])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name, how", [run for run in RUNS if run[1] != "one"])
 def test_eight_devices_equal_one(results, name, how):
     assert_same(results[f"{name}/{how}"], results[f"{name}/one"])
 

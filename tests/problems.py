@@ -131,6 +131,7 @@ def on_one_device() -> Callable:
             compiled.append(jax.jit(update))
         return compiled[0](*args)
 
+    run.compiled = compiled
     return run
 
 

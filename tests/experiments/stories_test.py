@@ -86,10 +86,18 @@ def test_the_rule_pays_for_happy_words_and_only_with_them_for_an_end():
     assert happy_endings.happy_ending([""] * 5, endings, truncated=truncated) == [1.0, 0.125, 0.0, 0.0, 0.5]
 
 
+def test_small_rollouts_learn_from_as_many_endings_and_a_reference_as_far():
+    large = {"prompts": 48, "steps": 20, "ema_rate": 0.05}
+    small = stories.WITHOUT["large rollouts"](large)
+    assert (small["prompts"], small["steps"]) == (12, 80)
+    assert (1 - small["ema_rate"]) ** 80 == pytest.approx((1 - 0.05) ** 20)
+
+
 def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
     # a random model of bytes writes no words: pairs need another rule (GRPO loads the script's own, and scores 0)
     by_length = lambda prompts, endings, **_: [len(text) / 100 for text in endings]  # noqa: E731
     monkeypatch.setattr(happy_endings, "happy_ending", by_length)
+    monkeypatch.delitem(stories.WITHOUT, "large rollouts")  # other shapes, all compiled anew
     config = stories.Config(
         model=str(tiny_folder),
         output=tmp_path / "out",
@@ -112,7 +120,7 @@ def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
     points = stories.main(config)
     methods = [(point["method"], point["setting"]) for point in points]
     assert methods[:4] == [("start", ""), ("DPO", "beta 0.1"), ("GRPO", "kl 0.1"), ("PPO", "kl 0.1")]
-    assert methods[4:] == [("PPO without", name) for name in stories.WITHOUT] and len(stories.WITHOUT) == 3
+    assert methods[4:] == [("PPO without", name) for name in stories.WITHOUT] and len(stories.WITHOUT) == 2
     assert points[0]["kl"] == pytest.approx(0, abs=1e-3) and all(np.isfinite(point["kl"]) for point in points)
     results = json.loads((config.output / "results.json").read_text())
     assert results["runs"] == points and 0 <= results["reward_model"]["accuracy"] <= 1
