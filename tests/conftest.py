@@ -51,3 +51,10 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_tiny_model(folder)
     return folder
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of `properties.Properties` run for each of the rows that their class names."""
+    if "row" in metafunc.fixturenames and hasattr(metafunc.cls, "rows"):
+        rows = metafunc.cls.rows
+        metafunc.parametrize("row", rows.values(), ids=rows.keys(), scope="class")

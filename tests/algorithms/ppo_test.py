@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from problems import problems, scored, tiny
-from references import losses as reference
+from references import value as reference
 
 from alignax import losses, models, reduce, sampling, train
 from alignax.algorithms import ppo

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import CONSTANT, LOGP, Input, Properties, Row, real, tokenwise
+from references import divergence as references
 
 from alignax import losses
 
 SYMBOLS = 4
+KL = {"logp": LOGP, "ref_logp": CONSTANT}
 
 
 def policies(seed):
@@ -79,3 +82,25 @@ def test_the_reference_of_an_estimator_is_a_constant():
     for estimate in (losses.k1, losses.k2, losses.k3, losses.k3_forward, losses.k3_straight_through, losses.absolute):
         gradient = jax.grad(lambda ref, f=estimate: jnp.sum(f(x, ref, mask)))(x - 0.5)
         np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        **{
+            f.__name__: Row(f, tokenwise(f, "logp", "ref_logp"), getattr(references, f.__name__), KL)
+            for f in (losses.k1, losses.k2, losses.k3, losses.k3_forward, losses.absolute)
+        },
+        "k3_straight_through": Row(
+            losses.k3_straight_through,
+            tokenwise(losses.k3_straight_through, "logp", "ref_logp"),
+            references.k3,
+            KL,
+            gradient_of=references.k2,
+        ),
+        "full_kl": Row(
+            losses.full_kl,
+            tokenwise(losses.full_kl, "logits", "ref_logits"),
+            references.full_kl,
+            {name: Input("B T V", differentiable=True, make=real) for name in ("logits", "ref_logits")},
+        ),
+    }

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import CONSTANT, LOGP, Input, Properties, Row, real, tokenwise
+from references import policy_gradient as references
 
 from alignax import losses, reduce
 
+POLICY = {"logp": LOGP, "old_logp": CONSTANT, "advantages": Input(make=real)}
+CLIP = tokenwise(losses.ppo_clip, *POLICY)
 MEANS = {
     "token-mean": reduce.token_mean,
     "seq-mean-token-mean": reduce.sequence_mean,
@@ -87,3 +91,20 @@ def test_grpo_vectors(shared):
         np.testing.assert_allclose(grad, expected["grad_logp"], atol=2e-6, err_msg=vector["id"])
         used += 1
     assert used == 4
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        "ppo_clip": Row(losses.ppo_clip, CLIP, references.ppo_clip, POLICY, {"clip_low": 0.1}),
+        "ppo_clip_higher": Row(
+            losses.ppo_clip, CLIP, references.ppo_clip, POLICY, {"clip_low": 0.15, "clip_high": 0.28}
+        ),
+        "ppo_dual_clip": Row(losses.ppo_clip, CLIP, references.ppo_clip, POLICY, {"dual_clip": 1.5}),
+        "ppo_penalty": Row(
+            losses.ppo_penalty,
+            tokenwise(losses.ppo_penalty, *POLICY),
+            references.ppo_penalty,
+            POLICY,
+            {"kl_weight": 0.3},
+        ),
+    }

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import PAIR, Properties, Row, pairwise
+from references import preference as references
 
 from alignax import losses
 from alignax.types import Response
@@ -88,3 +90,14 @@ def test_vectors(shared):
         np.testing.assert_allclose(loss(chosen, rejected, **hyper), per_example, 1e-5, 1e-5, err_msg=vector["id"])
         used += 1
     assert used == 10
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        "dpo": Row(losses.dpo, pairwise(losses.dpo), references.dpo, PAIR, {"beta": 0.5}),
+        "cdpo": Row(losses.dpo, pairwise(losses.dpo), references.dpo, PAIR, {"beta": 0.2, "label_smoothing": 0.3}),
+        "ipo": Row(losses.ipo, pairwise(losses.ipo), references.ipo, PAIR, {"beta": 0.3}),
+        "ipo_average": Row(
+            losses.ipo_average, pairwise(losses.ipo_average), references.ipo_average, PAIR, {"beta": 0.3}
+        ),
+    }

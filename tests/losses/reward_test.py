@@ -7,8 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import Input, Properties, Row, by_position, real
+from references import reward as references
 
 from alignax import losses
+
+SCORE = Input("B", mask=None, differentiable=True, make=real)
+SCORES = {"chosen": SCORE, "rejected": SCORE}
 
 
 def test_a_tie_costs_log_2_and_pulls_the_scores_together():
@@ -58,3 +63,27 @@ def test_vectors(shared):
             np.testing.assert_allclose(loss, expected["per_example"], rtol=1e-6, err_msg=vector["id"])
         used.add(vector["id"])
     assert used == {"bt_basic", "bt_margin_small", "bt_centering", "bt_soft_label", "bt_label_smoothing"}
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        "bradley_terry": Row(
+            losses.bradley_terry,
+            by_position(losses.bradley_terry, *SCORES),
+            references.bradley_terry,
+            SCORES,
+            {"margin": 0.5, "preference": 0.8},
+        ),
+        "bradley_terry_arrays": Row(
+            losses.bradley_terry,
+            by_position(losses.bradley_terry, *SCORES, margin="margin", preference="preference"),
+            references.bradley_terry,
+            SCORES | {"margin": SCORE, "preference": SCORE},
+        ),
+        "reward_centering": Row(
+            losses.reward_centering,
+            by_position(losses.reward_centering, *SCORES),
+            references.reward_centering,
+            SCORES,
+        ),
+    }

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import CONSTANT, LOGP, Properties, Row, tokenwise
+from references import value as references
 
 from alignax import losses
 
@@ -37,3 +39,15 @@ def test_old_values_and_returns_are_constants(clip):
 
     for gradient in jax.grad(loss, (0, 1))(OLD, RETURNS):
         np.testing.assert_array_equal(gradient, np.zeros((1, 5)))
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        "value_clip": Row(
+            losses.value_clip,
+            tokenwise(losses.value_clip, "values", "old_values", "returns"),
+            references.value_clip,
+            {"values": LOGP, "old_values": CONSTANT, "returns": CONSTANT},
+            {"clip": 0.5},
+        ),
+    }
