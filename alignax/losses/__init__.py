@@ -7,6 +7,12 @@ from alignax.losses.divergence import k2 as k2
 from alignax.losses.divergence import k3 as k3
 from alignax.losses.divergence import k3_forward as k3_forward
 from alignax.losses.divergence import k3_straight_through as k3_straight_through
+from alignax.losses.extras import needed as needed
+from alignax.losses.extras import needs as needs
+from alignax.losses.f_divergence import f_alpha as f_alpha
+from alignax.losses.f_divergence import f_forward_kl as f_forward_kl
+from alignax.losses.f_divergence import f_jensen_shannon as f_jensen_shannon
+from alignax.losses.f_divergence import f_reverse_kl as f_reverse_kl
 from alignax.losses.policy_gradient import ppo_clip as ppo_clip
 from alignax.losses.policy_gradient import ppo_penalty as ppo_penalty
 from alignax.losses.preference import dpo as dpo

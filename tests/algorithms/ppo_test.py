@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 from problems import problems, scored, tiny
-from references import value as reference
+from references import policy_gradient
+from references import value as critic
 
 from alignax import losses, models, reduce, sampling, train
 from alignax.algorithms import ppo
@@ -251,9 +252,9 @@ def test_every_loss_function_gives_the_terms_of_the_formula():
         if name in USED
     }
     per_token = {
-        "policy": reference.ppo_clip(x, clip_low=0.1),
+        "policy": policy_gradient.ppo_clip(x, clip_low=0.1),
         "entropy": x["entropy"],
-        "value": reference.value_clip(x, clip=0.5),
+        "value": critic.value_clip(x, clip=0.5),
     }
     assert set(shared) == set(apart) == set(per_token)
     weights = x["weights"][:, None] * x["mask"]

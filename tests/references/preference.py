@@ -6,7 +6,9 @@ from references.common import softplus, tokens
 
 def log_ratio(x, side, b):
     columns = tokens(x[f"{side}_mask"], b)
-    return sum(max(x[f"{side}_logp"][b, t], -1e4) - max(x[f"{side}_ref_logp"][b, t], -1e4) for t in columns), len(columns)
+    return sum(max(x[f"{side}_logp"][b, t], -1e4) - max(x[f"{side}_ref_logp"][b, t], -1e4) for t in columns), len(
+        columns
+    )
 
 
 def pairs(x, of_margin):

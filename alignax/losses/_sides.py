@@ -1,0 +1,39 @@
+"""What pairwise losses read from their two sides."""
+
+from collections.abc import Callable
+
+import chex
+from jaxtyping import Float
+
+from alignax.losses.f_divergence import f_reverse_kl
+from alignax.types import Array, Response
+
+Divergence = Callable[[Array], Array]
+
+
+def check_sides(*responses: Response) -> None:
+    """Refuses arrays that are not the same `[B, T]` on one side, or sides of different B."""
+    for response in responses:
+        arrays = [x for x in (response.logp, response.ref_logp, response.mask) if x is not None]
+        chex.assert_rank(arrays, 2)
+        chex.assert_equal_shape(arrays)
+    chex.assert_equal_shape_prefix([response.logp for response in responses], 1)
+
+
+def log_ratio(response: Response) -> Float[Array, " B"]:
+    """x = log pi(y|x) - log ref(y|x) of whole responses; log pi(y|x) without a reference."""
+    check_sides(response)
+    return response.sum - response.ref_sum
+
+
+def log_ratios(
+    chosen: Response, rejected: Response, divergence: Divergence = f_reverse_kl
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """x_chosen and x_rejected, each as f'(e^x)."""
+    check_sides(chosen, rejected)
+    return divergence(log_ratio(chosen)), divergence(log_ratio(rejected))
+
+
+def average_log_ratio(response: Response) -> Float[Array, " B"]:
+    """The log-ratio of an average token; 0 for an empty response."""
+    return log_ratio(response) / response.length.clip(1)

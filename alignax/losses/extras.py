@@ -1,0 +1,47 @@
+"""What a loss needs beyond log-probabilities, said where the loss is, so that an algorithm computes just that.
+
+A pairwise loss finds its extras in `Response.extra`:
+
+    @needs("win_rate")
+    def sppo(chosen, rejected, *, beta=1e-3): ... chosen.extra["win_rate"] ...
+
+An algorithm asks `needed(loss)`. Some extras are computed from the policy (`log_sum_p2`: log sum_v p_v^2 at every
+token), some from policy and reference (`forward_kl`: KL(reference || policy) at every token), all others come with the
+batch, one number or one row of tokens for each side.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+from alignax.types import Array, Response
+
+Loss = TypeVar("Loss", bound=Callable)
+
+
+def needs(*names: str) -> Callable[[Loss], Loss]:
+    """Says which entries of `Response.extra` a loss reads."""
+
+    def mark(loss: Loss) -> Loss:
+        loss.needs = names  # pyright: ignore[reportFunctionMemberAccess]
+        return loss
+
+    return mark
+
+
+def needed(loss: Callable) -> tuple[str, ...]:
+    """The entries of `Response.extra` that a loss reads, also through `functools.partial`; () for most losses."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "needs", ())
+
+
+def extra(response: Response, name: str, loss: str) -> Array:
+    """One entry of `Response.extra`.
+
+    Raises:
+      ValueError: when it is missing.
+    """
+    if name not in response.extra:
+        raise ValueError(f"{loss}: Response.extra holds {sorted(response.extra)}; expected {name!r} among them")
+    return response.extra[name]
