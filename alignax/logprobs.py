@@ -7,6 +7,7 @@ The head runs over a few columns at a time and is recomputed in the backward pas
 neither direction.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
+from alignax.losses.divergence import full_kl
 from alignax.types import Array, Model, Params, Scalar
 
 
@@ -26,6 +28,11 @@ class Scores(NamedTuple):
     correct: Float[Array, "B T"] = None  # pyright: ignore  # 1.0 where the token is a most likely one
     logits: Float[Array, "B T"] = None  # pyright: ignore  # the mean logit over the vocabulary
     values: Float[Array, "B T"] = None  # pyright: ignore  # of the state before the token, from the same forward pass
+    mean_logp: Float[Array, "B T"] = None  # pyright: ignore  # the mean of log p over the vocabulary
+    log_normalizer: Float[Array, "B T"] = None  # pyright: ignore  # logsumexp(logits)
+    log_sum_p2: Float[Array, "B T"] = None  # pyright: ignore  # log sum_v p_v^2, the log of the expected probability
+    ref_logp: Float[Array, "B T"] = None  # pyright: ignore  # under `reference`, a constant
+    forward_kl: Float[Array, "B T"] = None  # pyright: ignore  # KL(reference || policy) of the whole distribution
     aux: dict[str, Array] = {}  # noqa: RUF012  what the model's body returned beside its states
 
 
@@ -38,6 +45,7 @@ def score(
     mask: Array | None = None,
     temperature: Scalar = 1.0,
     want: tuple[str, ...] = (),
+    reference: Params | None = None,
     positions: Array | None = None,
     parents: Array | None = None,
     key: Array | None = None,
@@ -52,8 +60,9 @@ def score(
       segments: `[B, T]`, 0 (or False) for padding, k >= 1 for the k-th packed part of the row.
       mask: `[B, T]`, the tokens to score; all that can be predicted when None.
       temperature: divides the logits; use the sampler's. 0 is not a temperature one can score at.
-      want: which other fields of `Scores` to compute, of "entropy", "correct", "logits" and "values" (the last needs
-        a model with a scalar head: a policy that is its own critic).
+      want: which other fields of `Scores` to compute, by name. "values" needs a model with a scalar head (a policy that
+        is its own critic), "ref_logp" and "forward_kl" a `reference`.
+      reference: parameters of a frozen copy of the model, read beside it.
       positions, parents, key: passed on to `model.hidden`.
       chunk: about how many tokens meet the vocabulary at once; more where that would make over 16 blocks of columns.
 
@@ -61,8 +70,8 @@ def score(
       `Scores`, every array `[B, T]`.
 
     Raises:
-      ValueError: for an unknown name in `want`, values of a model without a scalar head, or a temperature that is
-        known not to be positive.
+      ValueError: for an unknown name in `want`, values of a model without a scalar head, a missing reference, or a
+        temperature that is known not to be positive.
     """
     chex.assert_rank([tokens, segments], 2)
     chex.assert_equal_shape([tokens, segments])
@@ -71,20 +80,30 @@ def score(
         raise ValueError(f"score: want={tuple(unknown)} is unknown; expected some of {known}")
     if not isinstance(temperature, Tracer) and temperature <= 0:
         raise ValueError(f"score: temperature={temperature}; expected a number above 0")
-    hidden = model.hidden(params, tokens, segments, positions=positions, parents=parents, key=key)
-    targets = jnp.roll(tokens, -1, axis=1)
+    both = [name for name in ("ref_logp", "forward_kl") if name in want]
+    if both and reference is None:
+        raise ValueError(f"score: want={tuple(both)} without a reference; expected the reference's parameters")
+    where = {"positions": positions, "parents": parents}
+    hidden = model.hidden(params, tokens, segments, **where, key=key)
+    states = (hidden.states,)
+    if both:
+        reference = jax.lax.stop_gradient(reference)
+        states += (model.hidden(reference, tokens, segments, **where).states,)
 
     @jax.checkpoint
-    def head(states: Array, targets: Array) -> dict[str, Array]:
-        return _token_scores(model.logits(params, states) / temperature, targets, want)
+    def head(targets: Array, states: Array, *ref_states: Array) -> dict[str, Array]:
+        logits = model.logits(params, states) / temperature
+        scores = _token_scores(logits, targets, want)
+        for ref in ref_states:
+            scores |= _both_scores(logits, model.logits(reference, ref) / temperature, targets, want)
+        return scores
 
+    targets = jnp.roll(tokens, -1, axis=1)
     chosen = _predicted(segments, parents)
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
-    # at most 16 blocks: in the backward pass of sharded rows each of them sums the head's gradient over the devices
-    rows, length = tokens.shape
-    columns = _map_columns(head, hidden.states, targets, max(1, chunk // rows, -(-length // 16)))
+    columns = _map_columns(head, (targets, *states), chunk)
     if "values" in want:
         columns["values"] = _values(model, params, hidden.states)
     aligned = {name: jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0) for name, x in columns.items()}
@@ -102,6 +121,35 @@ def token_logprobs(
 ) -> Float[Array, "B T"]:
     """Log-probability of every token given those before it; see `score`."""
     return score(model, params, tokens, segments, mask=mask, temperature=temperature).logp
+
+
+def token_divergence(
+    divergence: Callable[[Array, Array], Array],
+    logits: Callable[[Array], Array],
+    states: Float[Array, "B T D"],
+    other_logits: Callable[[Array], Array],
+    other_states: Float[Array, "B T E"],
+    *,
+    chunk: int = 256,
+) -> Float[Array, "B T"]:
+    """divergence(p, q) of two next-token distributions, given as the states before two heads.
+
+    Not shifted: what stands at column t belongs to the token after it. `[B, T, V]` exists in neither direction.
+
+    Args:
+      divergence: `(logits [B, t, V], other_logits [B, t, V]) -> [B, t]`.
+      logits, other_logits: the heads, `states [..., D] -> [..., V]`.
+      states, other_states: of tokens that stand at the same columns; stop the gradient of a side that is frozen.
+      chunk: as in `score`.
+    """
+    chex.assert_rank([states, other_states], 3)
+    chex.assert_equal_shape_prefix([states, other_states], 2)
+
+    @jax.checkpoint
+    def head(states: Array, other_states: Array) -> dict[str, Array]:
+        return {"divergence": divergence(logits(states), other_logits(other_states))}
+
+    return _map_columns(head, (states, other_states), chunk)["divergence"]
 
 
 def token_values(
@@ -168,6 +216,20 @@ def _token_scores(logits: Array, targets: Array, want: tuple[str, ...]) -> dict[
         scores["correct"] = (target >= jnp.max(logits, axis=-1)).astype(jnp.float32)
     if "logits" in want:
         scores["logits"] = jnp.mean(logits, axis=-1)
+    if "mean_logp" in want:
+        scores["mean_logp"] = jnp.mean(logits, axis=-1) - normaliser
+    if "log_normalizer" in want:
+        scores["log_normalizer"] = normaliser
+    if "log_sum_p2" in want:
+        scores["log_sum_p2"] = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser
+    return scores
+
+
+def _both_scores(logits: Array, ref_logits: Array, targets: Array, want: tuple[str, ...]) -> dict[str, Array]:
+    ref_logits = jax.lax.stop_gradient(ref_logits)
+    scores = {"ref_logp": _token_scores(ref_logits, targets, ())["logp"]} if "ref_logp" in want else {}
+    if "forward_kl" in want:
+        scores["forward_kl"] = full_kl(ref_logits, logits, jnp.ones(targets.shape))
     return scores
 
 
@@ -181,16 +243,19 @@ def _predicted(segments: Array, parents: Array | None) -> Array:
     return follows & (segments != 0)
 
 
-def _map_columns(head, states: Array, targets: Array, width: int) -> dict[str, Array]:
-    """head over blocks of `width` columns. Columns, since rows may be sharded and splitting them would move data."""
-    rows, length = targets.shape
+def _map_columns(head, arrays: tuple[Array, ...], chunk: int) -> dict[str, Array]:
+    """head over blocks of columns of about `chunk` tokens; rows may be sharded, and splitting them would move data."""
+    rows, length = arrays[0].shape[:2]
+    # at most 16 blocks: in the backward pass of sharded rows each of them sums the head's gradient over the devices
+    width = max(1, chunk // rows, -(-length // 16))
     if length <= width:
-        return head(states, targets)
+        return head(*arrays)
     pad = -length % width
-    states = jnp.pad(states, ((0, 0), (0, pad), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, pad)))
     blocks = (length + pad) // width
-    states = states.reshape(rows, blocks, width, -1).swapaxes(0, 1)
-    targets = targets.reshape(rows, blocks, width).swapaxes(0, 1)
-    scores = jax.lax.map(lambda block: head(*block), (states, targets))
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(rows, blocks, width, *x.shape[2:]).swapaxes(0, 1)
+
+    scores = jax.lax.map(lambda block: head(*block), jax.tree.map(split, arrays))
     return {name: x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for name, x in scores.items()}

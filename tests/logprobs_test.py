@@ -4,15 +4,23 @@ import numpy as np
 import pytest
 from problems import rows, tiny
 
-from alignax import logprobs
+from alignax import logprobs, losses
+
+WANT = ("entropy", "correct", "logits", "mean_logp", "log_normalizer", "log_sum_p2", "ref_logp", "forward_kl")
 
 
-def expected_scores(model, params, tokens, segments, temperature=1.0):
-    """Shift, softmax and entropy in numpy float64, from the logits of the whole row."""
+def dense(model, params, tokens, segments, temperature):
+    """Logits and log-probabilities of the whole row in numpy float64."""
     states = model.hidden(params, jnp.asarray(tokens), jnp.asarray(segments)).states
     logits = np.asarray(model.logits(params, states), np.float64) / temperature
-    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    out = {name: np.zeros(tokens.shape) for name in ("logp", "entropy", "correct", "logits")}
+    return logits, logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def expected_scores(model, params, reference, tokens, segments, temperature=1.0):
+    """Shift, softmax and the rest in numpy."""
+    logits, logp = dense(model, params, tokens, segments, temperature)
+    _, ref_logp = dense(model, reference, tokens, segments, temperature)
+    out = {name: np.zeros(tokens.shape) for name in ("logp", *WANT)}
     for b, t in np.ndindex(tokens.shape):
         if t == 0 or segments[b, t] == 0 or segments[b, t - 1] != segments[b, t]:
             continue
@@ -21,6 +29,12 @@ def expected_scores(model, params, tokens, segments, temperature=1.0):
         out["entropy"][b, t] = -np.sum(np.exp(before) * before)
         out["correct"][b, t] = token == before.argmax()
         out["logits"][b, t] = logits[b, t - 1].mean()
+        out["mean_logp"][b, t] = before.mean()
+        out["log_normalizer"][b, t] = np.log(np.exp(logits[b, t - 1]).sum())
+        out["log_sum_p2"][b, t] = np.log(np.sum(np.exp(before) ** 2))
+        ref = ref_logp[b, t - 1]
+        out["ref_logp"][b, t] = ref[token]
+        out["forward_kl"][b, t] = np.sum(np.exp(ref) * (ref - before))
     return out
 
 
@@ -33,19 +47,13 @@ def batch():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_against_numpy(batch, chunk, temperature):
     model, params = tiny()
+    reference = jax.tree.map(lambda x: 0.9 * x, params)
     tokens, segments = batch["tokens"], batch["segments"]
-    want = ("entropy", "correct", "logits")
-    scores = logprobs.score(
-        model,
-        params,
-        jnp.asarray(tokens),
-        jnp.asarray(segments),
-        temperature=temperature,
-        want=want,
-        chunk=chunk,
-    )
-    expected = expected_scores(model, params, tokens, segments, temperature)
-    for name in ("logp", *want):
+    rows = (jnp.asarray(tokens), jnp.asarray(segments))
+    options = {"temperature": temperature, "want": WANT, "reference": reference, "chunk": chunk}
+    scores = logprobs.score(model, params, *rows, **options)
+    expected = expected_scores(model, params, reference, tokens, segments, temperature)
+    for name in ("logp", *WANT):
         np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-5, atol=2e-6, err_msg=name)
     assert scores.logp.dtype == jnp.float32
 
@@ -127,3 +135,34 @@ def test_bad_arguments_are_refused(batch):
         logprobs.score(model, params, tokens, segments, temperature=0.0)
     with pytest.raises(AssertionError):
         logprobs.score(model, params, tokens, segments[:, :-1])
+
+
+def test_the_reference_is_a_constant_and_must_be_there(batch):
+    model, params = tiny()
+    rows = (jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
+
+    def total(reference):
+        scores = logprobs.score(model, params, *rows, want=("ref_logp", "forward_kl"), reference=reference)
+        return jnp.sum(scores.forward_kl + scores.ref_logp)
+
+    assert all(not np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(total))(params)))
+    with pytest.raises(ValueError, match=r"want=\('forward_kl',\) without a reference"):
+        logprobs.score(model, params, *rows, want=("forward_kl",))
+
+
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_divergence_of_two_heads(batch, chunk):
+    model, params = tiny()
+    reference = jax.tree.map(lambda x: 0.9 * x, params)
+    tokens, segments = batch["tokens"], batch["segments"]
+    states = [model.hidden(p, jnp.asarray(tokens), jnp.asarray(segments)).states for p in (params, reference)]
+    found = logprobs.token_divergence(
+        lambda p, q: losses.full_kl(p, q, jnp.ones(p.shape[:2])),
+        lambda x: model.logits(params, x),
+        states[0],
+        lambda x: model.logits(reference, x),
+        states[1],
+        chunk=chunk,
+    )
+    (_, p), (_, q) = (dense(model, x, tokens, segments, 1.0) for x in (params, reference))
+    np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-4, atol=2e-6)
