@@ -59,10 +59,15 @@ def make_update(
       the loss function, `loss`, `loss/NAME` of each term, `grad_norm` and `skipped` (1 for a step left out).
 
     Raises:
-      ValueError: when a batch does not divide into the micro-batches.
+      ValueError: when a batch does not divide into the micro-batches, or must not be divided (`losses.aot`).
     """
     if microbatches < 1:
         raise ValueError(f"make_update: microbatches={microbatches}; expected at least 1")
+    if getattr(loss_fn, "whole_batch", False) and (microbatches > 1 or axis_name is not None):
+        raise ValueError(
+            f"make_update: microbatches={microbatches}, axis_name={axis_name!r}; the loss compares the rows of a batch "
+            "with each other and cannot be split: expected 1 and None"
+        )
 
     def update(state: TrainState, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
         parts = _split(batch, microbatches)
@@ -148,6 +153,19 @@ def ema(average: Params, params: Params, *, rate: Scalar) -> Params:
         return ((1 - rate) * old.astype(jnp.float32) + rate * new.astype(jnp.float32)).astype(old.dtype)
 
     return jax.tree.map(mix, average, params)
+
+
+def ema_every(reference: Params, params: Params, step: Scalar, *, every: Scalar, rate: Scalar = 1.0) -> Params:
+    """Reference after update `step`: `ema(reference, params, rate)` at every `every`-th update, else as it was.
+
+    TR-DPO: rate 0.6 is its soft update, rate 1 its hard one, each every 512 updates. See "Learn Your Reference Model
+    for Real Good Alignment", Gorbatovski et al. (https://arxiv.org/abs/2404.09656), section 3. Every update with a low
+    rate is `ema`. sDPO is the hard update where a stage of the data ends, with a new optimizer state: "sDPO: Don't Use
+    Your Data All at Once", Kim et al. (https://arxiv.org/abs/2403.19270). Reference log-probabilities that were taken
+    ahead no longer hold afterwards.
+    """
+    rate = jnp.where(jnp.asarray(step) % every == 0, rate, 0.0)
+    return ema(reference, params, rate=rate)
 
 
 def in_parts(fn: Callable[..., Any], size: int) -> Callable[..., Any]:

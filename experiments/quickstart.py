@@ -242,11 +242,12 @@ def align_dpo(config: Config, model: Model, start: Params, rollout: Rollout, eva
     steps, before = config.dpo_steps, steps_before(config, "dpo")
     optimizer = common.make_optimizer(config.dpo_learning_rate, steps=steps, warmup=steps // 10, schedule="linear")
     state = train.TrainState.create(start, optimizer)
-    update = jax.jit(train.make_update(preference.make_loss(model, beta=config.beta), optimizer))
+    update = jax.jit(train.make_update(preference.make_loss(model), optimizer))
     run.log(before, evaluate("dpo", start, start))
     for step in range(1, steps + 1):
         chosen = rng.integers(0, len(pairs.tokens), config.batch_size)
-        state, metrics = update(state, jax.tree.map(lambda array, chosen=chosen: array[chosen], pairs))
+        batch = jax.tree.map(lambda array, chosen=chosen: array[chosen], pairs)
+        state, metrics = update(state, batch, None, {"beta": config.beta})
         log = {"dpo/loss": metrics["loss"], "dpo/margins": metrics["rewards/margins"]}
         if step % config.evaluate_every == 0 or step == steps:
             log |= evaluate("dpo", state.params, start)

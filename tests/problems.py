@@ -105,14 +105,25 @@ class Result(NamedTuple):
 
 
 def three_updates(
-    problem: Problem, *, run: Callable | None = None, batch: Any = None, microbatches: int = 1, axis_name=None
+    problem: Problem,
+    *,
+    run: Callable | None = None,
+    batch: Any = None,
+    microbatches: int = 1,
+    axis_name=None,
+    statistics: Callable | None = None,
 ) -> Result:
-    """Three SGD updates on one batch; `run(update, state, batch, frozen, hyper)` places the arrays and compiles."""
+    """Three SGD updates on one batch; `run(update, state, batch, frozen, hyper)` places the arrays and compiles.
+
+    `statistics`: model -> statistics function.
+    """
     model, params = problem.start()
     # an optimizer that keeps the gradient it was given: the difference of parameters would be too coarse
     keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p=None: (g, g))
     optimizer = optax.chain(keep, optax.sgd(0.1))
-    update = train.make_update(problem.make_loss(model), optimizer, microbatches=microbatches, axis_name=axis_name)
+    options = {"microbatches": microbatches, "axis_name": axis_name}
+    measure = None if statistics is None else statistics(model)
+    update = train.make_update(problem.make_loss(model), optimizer, statistics=measure, **options)
     run = on_one_device() if run is None else run
     state, batch = train.TrainState.create(params, optimizer), problem.batch if batch is None else batch
     gradients, metrics = [], {}

@@ -1,7 +1,9 @@
 """Rows that weigh 0, which fill a batch up to its static size."""
 
+from functools import partial
 from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from alignax.types import Array
@@ -29,6 +31,7 @@ def blank(batch: Batch) -> Batch:
             )
         return jnp.where(filler.reshape(-1, *[1] * (array.ndim - 1)), jnp.zeros((), array.dtype), array)
 
-    names = ("mask", "segments", "margin", "preference")
-    parts = {name: without(name, array) for name in names if (array := getattr(batch, name, None)) is not None}
+    names = ("mask", "segments", "margin", "preference", "extra", "degraded")
+    found = {name: part for name in names if (part := getattr(batch, name, None)) is not None}
+    parts = {name: jax.tree.map(partial(without, name), part) for name, part in found.items()}
     return batch._replace(**parts)  # pyright: ignore[reportAttributeAccessIssue]

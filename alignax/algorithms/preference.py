@@ -1,5 +1,11 @@
-"""Learning from pairs: a chosen and a rejected completion of one prompt, against a frozen reference."""
+"""Learning from pairs: a chosen and a rejected completion of one prompt, against a frozen reference.
 
+Any pairwise loss drops in, and gets what it names (`alignax.losses.needs`). Losses with a supervised summand are that
+loss with `nll_weight`: RPO is `losses.dpo`, CPO `losses.cpo`, CPO-SimPO `losses.simpo`, ORPO `losses.orpo` and MPO
+`losses.mpo`, each with the weight of its paper.
+"""
+
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +15,20 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
-from alignax.logprobs import token_logprobs
-from alignax.types import Array, LossFn, Model, Params, Response, Scalar, Term
+from alignax.logprobs import score
+from alignax.losses.extras import needed, needs_whole_batch
+from alignax.types import Array, LossFn, Mean, Model, Params, Response, Scalar, Term
+
+COMPUTED = ("log_sum_p2", "forward_kl")  # extras that come from the models; all others come with the batch
+
+
+class Rows(NamedTuple):
+    """Rows of their own beside the pairs."""
+
+    tokens: Array  # int32 [B, T]
+    segments: Array  # int32 [B, T], 0 is padding
+    mask: Array  # [B, T]
+    ref_logp: Array | None = None  # float32 [B, T]
 
 
 class Batch(NamedTuple):
@@ -21,61 +39,132 @@ class Batch(NamedTuple):
     mask: Array  # [B, 2, T], the completions' tokens
     ref_logp: Array | None = None  # float32 [B, 2, T]; None: computed in the step from frozen["reference"], if any
     weights: Array | None = None  # float32 [B], pair weights; a filler pair weighs 0
+    extra: dict[str, Array] | None = None  # [B, 2] or [B, 2, T], or [B] of the pair: what the loss names beside these
+    degraded: Rows | None = None  # the chosen completions after a degraded prompt (mDPO)
 
 
-def make_loss(model: Model, *, loss: Callable[..., Array] = losses.dpo, beta: Scalar | None = 0.1) -> LossFn:
-    """Makes the loss function mean(loss(chosen, rejected, **hyper)) over pairs.
+def whole(response: Response) -> Array:
+    """The log-ratio of a whole response: the implicit reward over beta of DPO and most others."""
+    return response.sum - response.ref_sum
+
+
+def average(response: Response) -> Array:
+    """The average log-probability of a token: the implicit reward over beta of SimPO, ORPO and AlphaPO."""
+    return response.mean
+
+
+def make_loss(
+    model: Model,
+    *,
+    loss: Callable[..., Array] = losses.dpo,
+    nll_weight: Scalar | None = None,
+    nll_mean: Callable[..., Mean] = reduce.token_mean,
+    nll_over_prompt: bool = False,
+    reward: Callable[[Response], Array] = whole,
+) -> LossFn:
+    """Makes the loss function mean(loss(chosen, rejected, **hyper)) + nll_weight * NLL(chosen), over pairs.
 
     Args:
       model: the model to train.
-      loss: any `loss(chosen: Response, rejected: Response, *, ...) -> [B]`.
-      beta: its beta, unless `hyper` says otherwise; None for a loss that has none.
+      loss: any `loss(chosen: Response, rejected: Response, *, ...) -> [B]`; its hyperparameters come from `hyper`.
+      nll_weight: of the supervised summand, unless `hyper` says otherwise; None for none.
+      nll_mean: its mean: over tokens (TRL), or `reduce.sequence_sum` (CPO as published), `reduce.sequence_mean`.
+      nll_over_prompt: whether it counts the prompt's tokens too, as ORPO's own code and TRL do.
+      reward: implicit reward over beta, for the metrics.
 
     Returns:
       `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `frozen` is `{"reference": params}`, or
       None where the batch brings `ref_logp` or the loss needs no reference. Metrics: `rewards/chosen`,
-      `rewards/rejected`, `rewards/margins` (beta times the log-ratios), `rewards/accuracies` (a tie counts as wrong),
-      `logps/chosen`, `logps/rejected`.
+      `rewards/rejected`, `rewards/margins` (beta times `reward`), `rewards/accuracies` (a tie counts as wrong),
+      `logps/chosen`, `logps/rejected`, and the means of computed extras (`kl/chosen`, `kl/rejected` of TDPO).
+      A loss that needs the whole batch (AOT) is refused with micro-batches and under pmap.
     """
+    parameters = inspect.signature(loss).parameters
+    default_beta = parameters["beta"].default if "beta" in parameters else 1.0
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
-        hyper = hyper if beta is None else {"beta": beta} | hyper
+        batch, hyper = blank(batch), dict(hyper)
+        weight = hyper.pop("nll_weight", nll_weight)
+        chosen, rejected = sides(model, params, batch, frozen, needed(loss), whole_rows=nll_over_prompt)
+        options = {"weights": batch.weights} if needs_whole_batch(loss) else {}
+        pairs = reduce.batch_mean(loss(chosen, rejected, **options, **hyper), batch.weights)
+        terms = {"pairs": Term(1.0, pairs)}
+        if weight is not None:
+            mask = predicted(batch.segments[:, 0]) if nll_over_prompt else chosen.mask
+            nll = nll_mean(losses.cross_entropy(chosen.logp, mask), mask, batch.weights)
+            terms["nll"] = Term(weight, nll)
+        metrics = pair_metrics(chosen, rejected, batch.weights, hyper.get("beta", default_beta), reward)
+        return terms, metrics
+
+    loss_fn.whole_batch = needs_whole_batch(loss)  # pyright: ignore[reportFunctionMemberAccess]
+    return loss_fn
+
+
+def make_statistics(model: Model) -> Callable[..., dict[str, Mean]]:
+    """Makes `statistics(params, batch, frozen, hyper)` of `losses.kto_pair` for `alignax.train.make_update`.
+
+    `kl_chosen` and `kl_rejected`: the mean log-ratio of each side over the whole batch.
+    """
+
+    def statistics(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]) -> dict[str, Mean]:
         batch = blank(batch)
         chosen, rejected = sides(model, params, batch, frozen)
-        pairs = reduce.batch_mean(loss(chosen, rejected, **hyper), batch.weights)
-        return {"pairs": Term(1.0, pairs)}, pair_metrics(chosen, rejected, batch.weights, hyper.get("beta", 1.0))
+        return {
+            "kl_chosen": reduce.batch_mean(whole(chosen), batch.weights),
+            "kl_rejected": reduce.batch_mean(whole(rejected), batch.weights),
+        }
 
-    return loss_fn
+    return statistics
 
 
 def logprobs(model: Model, params: Params, batch: Batch) -> Array:
     """Log-probabilities `[B, 2, T]` of both sides: for `ref_logp` ahead of training, or for evaluation."""
-    chex.assert_shape([batch.tokens, batch.segments, batch.mask], (None, 2, None))
-    rows = [x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments, batch.mask)]
-    logp = token_logprobs(model, params, rows[0], rows[1], mask=rows[2])
-    return logp.reshape(batch.tokens.shape)
+    return _scores(model, params, batch, (), None, batch.mask)["logp"]
 
 
-def sides(model: Model, params: Params, batch: Batch, frozen: Any) -> tuple[Response, Response]:
-    """The chosen and the rejected `Response` of every pair."""
-    logp, ref_logp = logprobs(model, params, batch), batch.ref_logp
-    if ref_logp is None and frozen is not None:
-        if not (isinstance(frozen, dict) and "reference" in frozen):
-            raise ValueError(
-                f"preference: frozen is a {type(frozen).__name__}; expected {{'reference': params}} or None"
-            )
-        ref_logp = jax.lax.stop_gradient(logprobs(model, frozen["reference"], batch))
+def sides(
+    model: Model, params: Params, batch: Batch, frozen: Any, names: tuple[str, ...] = (), *, whole_rows: bool = False
+) -> tuple[Response, Response]:
+    """The chosen and the rejected `Response` of every pair, with the extras of these names.
+
+    Args:
+      model, params, frozen: as for the loss function.
+      batch: pairs.
+      names: the entries of `Response.extra` to provide.
+      whole_rows: whether `logp` also holds the prompts' tokens, which the mask leaves out.
+
+    Raises:
+      ValueError: when an extra is neither computed nor in the batch, or `frozen` holds no reference.
+    """
+    reference = None if frozen is None else _reference(frozen)
+    mask = None if whole_rows else batch.mask
+    want = tuple(name for name in COMPUTED if name in names)
+    if batch.ref_logp is None and "forward_kl" in want:
+        want += ("ref_logp",)  # of the same pass
+    found = _scores(model, params, batch, want, reference, mask)
+    ref_logp = found.pop("ref_logp", batch.ref_logp)
+    if ref_logp is None and reference is not None:
+        ref_logp = jax.lax.stop_gradient(_scores(model, reference, batch, (), None, mask)["logp"])
+    logp = found.pop("logp")
+    extra = found | _given(model, params, batch, reference, names)
 
     def side(i: int) -> Response:
-        return Response(logp[:, i], None if ref_logp is None else ref_logp[:, i], batch.mask[:, i])
+        ref = None if ref_logp is None else ref_logp[:, i]
+        own = {name: x if x.ndim == 1 or name.startswith("degraded_") else x[:, i] for name, x in extra.items()}
+        return Response(logp[:, i], ref, batch.mask[:, i], own)
 
     return side(0), side(1)
 
 
-def pair_metrics(chosen: Response, rejected: Response, weights: Array | None, beta: Scalar) -> dict:
+def pair_metrics(
+    chosen: Response,
+    rejected: Response,
+    weights: Array | None,
+    beta: Scalar,
+    reward: Callable[[Response], Array] = whole,
+) -> dict[str, Mean]:
     """The field's metrics of a batch of pairs, as `Mean`s."""
-    reward_chosen = beta * (chosen.sum - chosen.ref_sum)
-    reward_rejected = beta * (rejected.sum - rejected.ref_sum)
+    reward_chosen, reward_rejected = beta * reward(chosen), beta * reward(rejected)
     values = {
         "rewards/chosen": reward_chosen,
         "rewards/rejected": reward_rejected,
@@ -84,4 +173,48 @@ def pair_metrics(chosen: Response, rejected: Response, weights: Array | None, be
         "logps/chosen": chosen.sum,
         "logps/rejected": rejected.sum,
     }
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if "forward_kl" in side.extra:
+            values[f"kl/{name}"] = jnp.sum(jnp.where(side.mask != 0, side.extra["forward_kl"], 0.0), axis=-1)
     return {name: reduce.batch_mean(jax.lax.stop_gradient(x), weights) for name, x in values.items()}
+
+
+def predicted(segments: Array) -> Array:
+    """True at every token of a row but its first, which nothing predicts."""
+    return (segments != 0) & (jnp.arange(segments.shape[-1]) > 0)[None]
+
+
+def _scores(model, params, batch: Batch, want: tuple[str, ...], reference, mask: Array | None) -> dict[str, Array]:
+    """`score` of both sides as rows of one batch: {"logp": [B, 2, T], ...}."""
+    chex.assert_shape([batch.tokens, batch.segments, batch.mask], (None, 2, None))
+    tokens, segments, mask = (
+        None if x is None else x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments, mask)
+    )
+    scores = score(model, params, tokens, segments, mask=mask, want=want, reference=reference if want else None)
+    return {name: getattr(scores, name).reshape(batch.tokens.shape) for name in ("logp", *want)}
+
+
+def _given(model, params, batch: Batch, reference, names: tuple[str, ...]) -> dict[str, Array]:
+    """The extras that come with the batch, and those of its degraded rows."""
+    given = dict(batch.extra or {})
+    if batch.degraded is not None:
+        rows = batch.degraded
+
+        def logp(weights):
+            return score(model, weights, rows.tokens, rows.segments, mask=rows.mask).logp
+
+        ref_logp = rows.ref_logp if reference is None else jax.lax.stop_gradient(logp(reference))
+        given |= {"degraded_logp": logp(params), "degraded_ref_logp": ref_logp, "degraded_mask": rows.mask}
+    missing = set(names) - set(COMPUTED) - {name for name, x in given.items() if x is not None}
+    if missing:
+        raise ValueError(
+            f"preference: the loss needs {sorted(missing)}, and batch.extra holds {sorted(batch.extra or {})}; "
+            "expected them there (those of degraded prompts come from batch.degraded and a reference)"
+        )
+    return {name: given[name] for name in names if name not in COMPUTED}
+
+
+def _reference(frozen: Any) -> Params:
+    if not (isinstance(frozen, dict) and "reference" in frozen):
+        raise ValueError(f"preference: frozen is a {type(frozen).__name__}; expected {{'reference': params}} or None")
+    return frozen["reference"]

@@ -36,6 +36,19 @@ def needed(loss: Callable) -> tuple[str, ...]:
     return getattr(loss, "needs", ())
 
 
+def whole_batch(loss: Loss) -> Loss:
+    """Says that a loss compares the rows of a batch with each other: it takes `weights`, and batches stay whole."""
+    loss.whole_batch = True  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def needs_whole_batch(loss: Callable) -> bool:
+    """Whether `whole_batch` marks a loss, also through `functools.partial`."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "whole_batch", False)
+
+
 def extra(response: Response, name: str, loss: str) -> Array:
     """One entry of `Response.extra`.
 

@@ -1,0 +1,145 @@
+"""What preference optimisation does beyond DPO: extras, a supervised summand, statistics, losses of a whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import problems, three_updates, tiny
+
+from alignax import losses, reduce, train
+from alignax.algorithms import preference
+from alignax.losses.extras import extra, needs, whole_batch
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return problems()["dpo"]
+
+
+@pytest.fixture(scope="module")
+def dense(problem):
+    """(logp, ref_logp) of every token of the vocabulary at every place, float64 [B, 2, T, V]; 0 at the first place."""
+    model, params = tiny()
+
+    def of(weights):
+        batch = problem.batch
+        rows = [jnp.asarray(x.reshape(-1, x.shape[-1])) for x in (batch.tokens, batch.segments)]
+        logits = np.asarray(model.logits(weights, model.hidden(weights, *rows).states), np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return np.pad(logp[:, :-1], ((0, 0), (1, 0), (0, 0))).reshape(*batch.tokens.shape, -1)
+
+    return of(params), of(problem.frozen["reference"])
+
+
+def weighted_mean(x, batch):
+    return np.sum(x * batch.weights) / np.sum(batch.weights)
+
+
+def evaluated(loss_fn, problem, batch=None, **hyper):
+    _, params = tiny()
+    terms, metrics = jax.jit(loss_fn)(params, batch or problem.batch, problem.frozen, hyper)
+    return {name: (t.weight, t.mean.value()) for name, t in terms.items()}, metrics
+
+
+def test_extras_that_the_models_give(problem, dense):
+    @needs("log_sum_p2", "forward_kl")
+    def loss(chosen, rejected):
+        return sum(jnp.sum(jnp.where(s.mask, extra(s, name, "loss"), 0.0), -1) * (1 + i)
+                   for i, s in enumerate((chosen, rejected)) for name in loss.needs)  # fmt: skip
+
+    logp, ref_logp = dense
+    mask = problem.batch.mask[..., None, :][..., 0, :]
+    p2, kl = np.log(np.sum(np.exp(logp) ** 2, -1)), np.sum(np.exp(ref_logp) * (ref_logp - logp), -1)
+    sums = np.where(mask, p2 + kl, 0).sum(-1)
+    terms, metrics = evaluated(preference.make_loss(tiny()[0], loss=loss), problem)
+    np.testing.assert_allclose(terms["pairs"][1], weighted_mean(sums[:, 0] + 2 * sums[:, 1], problem.batch), rtol=2e-5)
+    expected = weighted_mean(np.where(mask, kl, 0).sum(-1)[:, 1], problem.batch)
+    np.testing.assert_allclose(metrics["kl/rejected"].value(), expected, rtol=2e-5)
+
+
+def test_extras_of_the_batch_and_of_degraded_prompts(problem):
+    @needs("reward", "margin", "degraded_logp", "degraded_ref_logp", "degraded_mask")
+    def loss(chosen, rejected):
+        degraded = jnp.where(chosen.extra["degraded_mask"], chosen.extra["degraded_logp"], 0.0)
+        assert rejected.extra["degraded_ref_logp"].shape == degraded.shape
+        return chosen.extra["margin"] * (chosen.extra["reward"] - rejected.extra["reward"]) + jnp.sum(degraded, -1)
+
+    rng = np.random.default_rng(0)
+    extras = {"reward": rng.normal(size=(16, 2)), "margin": rng.normal(size=16)}
+    extras = {name: x.astype(np.float32) for name, x in extras.items()}
+    extras["reward"][2] = np.nan  # of a pair that weighs nothing
+    own = [x[:, 0] for x in (problem.batch.tokens, problem.batch.segments, problem.batch.mask)]
+    batch = problem.batch._replace(extra=extras, degraded=preference.Rows(*own))
+    model, params = tiny()
+    logp = preference.logprobs(model, params, jax.tree.map(jnp.asarray, problem.batch))[:, 0]
+    expected = extras["margin"] * (extras["reward"] @ [1, -1]) + np.asarray(jnp.sum(logp, -1))
+    expected[2] = 0
+    terms, _ = evaluated(preference.make_loss(model, loss=loss), problem, batch)
+    np.testing.assert_allclose(terms["pairs"][1], weighted_mean(expected, problem.batch), rtol=2e-5)
+    for incomplete in (
+        problem.batch,
+        batch._replace(degraded=None),
+        batch._replace(extra={"margin": extras["margin"]}),
+    ):
+        with pytest.raises(ValueError, match=r"the loss needs \[.*batch.extra holds"):
+            jax.eval_shape(preference.make_loss(model, loss=loss), params, incomplete, problem.frozen, {})
+
+
+@pytest.mark.parametrize("over_prompt", [False, True])
+def test_the_supervised_summand(problem, dense, over_prompt):
+    batch, (logp, _) = problem.batch, dense
+    mask = (batch.segments[:, 0] != 0) & (np.arange(batch.tokens.shape[-1]) > 0) if over_prompt else batch.mask[:, 0]
+    own = np.take_along_axis(logp, batch.tokens[..., None], -1)[:, 0, :, 0]
+    weights = mask * batch.weights[:, None]
+    loss_fn = preference.make_loss(tiny()[0], nll_weight=0.3, nll_over_prompt=over_prompt)
+    terms, _ = evaluated(loss_fn, problem, beta=0.3)
+    np.testing.assert_allclose(terms["nll"], (0.3, np.sum(-own * weights) / np.sum(weights)), rtol=2e-5)
+    plain, _ = evaluated(preference.make_loss(tiny()[0]), problem, beta=0.3)
+    np.testing.assert_allclose(terms["pairs"], plain["pairs"], rtol=1e-6)
+    sums = preference.make_loss(tiny()[0], nll_mean=reduce.sequence_sum, nll_over_prompt=over_prompt, nll_weight=0.3)
+    per_row = np.sum(-own * mask, -1) @ (batch.weights * mask.any(-1)) / np.sum(batch.weights * mask.any(-1))
+    np.testing.assert_allclose(evaluated(sums, problem, nll_weight=2.0)[0]["nll"], (2.0, per_row), rtol=2e-5)
+
+
+def test_metrics_of_losses_of_average_tokens(problem):
+    _, metrics = evaluated(preference.make_loss(tiny()[0], reward=preference.average), problem, beta=2.0)
+    model, params = tiny()
+    chosen, _ = preference.sides(model, params, jax.tree.map(jnp.asarray, problem.batch), None)
+    mean = np.sum(chosen.logp * chosen.mask, -1) / np.maximum(np.sum(chosen.mask, -1), 1)
+    np.testing.assert_allclose(metrics["rewards/chosen"].value(), 2 * weighted_mean(mean, problem.batch), rtol=1e-5)
+
+
+def test_a_loss_of_the_whole_batch_is_not_split(problem):
+    @whole_batch
+    def loss(chosen, rejected, *, weights):
+        return jnp.sort(chosen.sum) * weights
+
+    model, params = tiny()
+    loss_fn = preference.make_loss(model, loss=loss)
+    for options in ({"microbatches": 2}, {"axis_name": "data"}):
+        with pytest.raises(ValueError, match="cannot be split"):
+            train.make_update(loss_fn, optax.sgd(0.1), **options)
+    update = train.make_update(loss_fn, optax.sgd(0.1))
+    jax.eval_shape(update, train.TrainState.create(params, optax.sgd(0.1)), problem.batch, problem.frozen, {})
+
+
+def test_statistics_of_all_micro_batches(problem):
+    def make_loss(model):
+        return preference.make_loss(model, loss=losses.kto_pair)
+
+    whole, parts = (
+        three_updates(problem._replace(make_loss=make_loss), microbatches=m, statistics=preference.make_statistics)
+        for m in (1, 4)
+    )
+    largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(whole.gradient))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), parts.gradient, whole.gradient
+    )
+
+
+def test_reference_schedules():
+    old, new = {"w": jnp.array([0.0, 2.0])}, {"w": jnp.array([1.0, -2.0])}
+    soft = [train.ema_every(old, new, step, every=3, rate=0.6)["w"] for step in (1, 2, 3, 4, 6)]
+    np.testing.assert_allclose(soft, [[0, 2], [0, 2], [0.6, -0.4], [0, 2], [0.6, -0.4]], atol=1e-7)
+    np.testing.assert_allclose(train.ema_every(old, new, 6, every=3)["w"], new["w"])  # the hard update
