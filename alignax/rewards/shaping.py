@@ -91,6 +91,31 @@ def scale_missing_eos(scores: Float[Array, " B"], finished: Array, *, factor: Sc
     return _unfinished(scores, finished, lambda x: x * factor)
 
 
+def soft_overlong(
+    lengths: Float[Array, " B"], *, max_length: Scalar, cache: Scalar, factor: Scalar = 1.0
+) -> Float[Array, " B"]:
+    """DAPO's soft overlong punishment: factor * clip((max_length - cache - length) / cache, -1, 0).
+
+    Nothing up to max_length - cache, then a straight line down to -factor; added to the rewards of correctness. See
+    "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", Yu et al. (https://arxiv.org/abs/2503.14476), eq.
+    13, with max_length 20480 and cache 4096.
+
+    Args:
+      lengths: `[B]`, tokens of each answer (paper: |y|).
+      max_length: at which the punishment is full (paper: L_max).
+      cache: over how many tokens it grows (paper: L_cache).
+      factor: what a full punishment costs.
+
+    Raises:
+      ValueError: for a cache known to lie outside (0, max_length].
+    """
+    if not (isinstance(cache, Tracer) or isinstance(max_length, Tracer)) and not 0 < cache <= max_length:
+        raise ValueError(f"soft_overlong: cache={cache}, max_length={max_length}; expected 0 < cache <= max_length")
+    chex.assert_rank(lengths, 1)
+    over = (max_length - cache - lengths.astype(jnp.float32)) / cache
+    return jax.lax.stop_gradient(factor * jnp.clip(over, -1.0, 0.0))
+
+
 def llama2_scores(
     safety: Float[Array, " B"],
     helpfulness: Float[Array, " B"],
