@@ -9,6 +9,8 @@ from alignax.models.config import LayerKind as LayerKind
 from alignax.models.config import TransformerConfig as TransformerConfig
 from alignax.models.heads import add_score as add_score
 from alignax.models.heads import with_score as with_score
+from alignax.models.mixture import geometric_mixture_logits as geometric_mixture_logits
+from alignax.models.mixture import mixture as mixture
 from alignax.models.rope import LinearScaling as LinearScaling
 from alignax.models.rope import Llama3Scaling as Llama3Scaling
 from alignax.models.segments import segment_positions as segment_positions

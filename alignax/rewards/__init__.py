@@ -1,7 +1,18 @@
 """Rewards with the signature `reward(prompts, completions, **columns) -> list[float]`, and from scores to tokens."""
 
+from alignax.rewards.aspects import gated as gated
+from alignax.rewards.aspects import lexicographic as lexicographic
+from alignax.rewards.aspects import whitened_sum as whitened_sum
+from alignax.rewards.ensembles import ensemble_lower_bound as ensemble_lower_bound
+from alignax.rewards.ensembles import ensemble_mean as ensemble_mean
+from alignax.rewards.ensembles import ensemble_min as ensemble_min
+from alignax.rewards.ensembles import ensemble_variance_penalised as ensemble_variance_penalised
 from alignax.rewards.evaluate import Reward as Reward
 from alignax.rewards.evaluate import evaluate as evaluate
+from alignax.rewards.generative import ab_preference as ab_preference
+from alignax.rewards.generative import baseline_reward as baseline_reward
+from alignax.rewards.generative import good_bad_score as good_bad_score
+from alignax.rewards.generative import good_score as good_score
 from alignax.rewards.preferences import Preference as Preference
 from alignax.rewards.preferences import compare as compare
 from alignax.rewards.preferences import from_reward as from_reward
@@ -12,6 +23,15 @@ from alignax.rewards.preferences import shift_preference as shift_preference
 from alignax.rewards.preferences import symmetric_preference as symmetric_preference
 from alignax.rewards.preferences import symmetric_preference_mean as symmetric_preference_mean
 from alignax.rewards.preferences import win_rates as win_rates
+from alignax.rewards.pretraining import binarised as binarised
+from alignax.rewards.pretraining import stack_exchange_score as stack_exchange_score
+from alignax.rewards.process import monte_carlo_hard as monte_carlo_hard
+from alignax.rewards.process import monte_carlo_soft as monte_carlo_soft
+from alignax.rewards.process import process_last as process_last
+from alignax.rewards.process import process_mean as process_mean
+from alignax.rewards.process import process_min as process_min
+from alignax.rewards.process import process_product as process_product
+from alignax.rewards.process import rated_labels as rated_labels
 from alignax.rewards.rules import distinct_words as distinct_words
 from alignax.rewards.rules import finished as finished
 from alignax.rewards.rules import last_number as last_number
