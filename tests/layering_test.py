@@ -21,6 +21,7 @@ LEVELS = (
         "returns",
         "moments",
         "controllers",
+        "corrections",
         "losses",
         "train",
         "sampling",

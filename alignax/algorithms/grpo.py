@@ -2,10 +2,13 @@
 
 See "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", Shao et al.
 (https://arxiv.org/abs/2402.03300), eq. 3. Its relatives are other arguments: Dr. GRPO is `advantages.group_centred`
-with `reduce.constant_mean`, DAPO a larger `clip_high` with `reduce.token_mean`, each without KL.
+with `reduce.constant_mean`, DAPO a larger `clip_high` with `reduce.token_mean`, each without KL; GSPO, CISPO and others
+are policy losses, published with the reduction that their docstrings name. `alignax.corrections` makes up for a sampler
+that is not quite the policy.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
-from alignax.algorithms._policy import policy_metrics
+from alignax.algorithms._policy import off_policy_weights, policy_metrics, split_prefixed
 from alignax.logprobs import score
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
@@ -29,6 +32,7 @@ class Batch(NamedTuple):
     old_logp: Array | None = None  # float32 [B, T], by the trainer; None: the batch is on-policy, and the ratio is 1
     ref_logp: Array | None = None  # float32 [B, T]; None: computed in the step from frozen["reference"]
     weights: Array | None = None  # float32 [B]; a filler row weighs 0
+    rollout_logp: Array | None = None  # float32 [B, T], by the sampler's arithmetic; None: nothing corrects for it
 
 
 def make_loss(
@@ -37,47 +41,76 @@ def make_loss(
     policy_loss: Callable[..., Array] = losses.ppo_clip,
     kl: Callable[..., Array] | None = losses.k3,
     kl_weight: Scalar = 0.04,
+    unbiased_kl: bool = False,
+    entropy_weight: Scalar | None = None,
+    correction: Callable[..., Array] | None = None,
+    off_policy_threshold: Scalar | None = None,
     temperature: Scalar = 1.0,
     mean: Callable[..., Mean] = reduce.sequence_mean,
 ) -> LossFn:
-    """Makes the loss function mean(policy_loss) + kl_weight * mean(kl).
+    """Makes the loss function mean(correction * policy_loss) + kl_weight * mean(kl) - entropy_weight * mean(entropy).
 
     Args:
       model: the model to train.
       policy_loss: any `loss(logp, old_logp, advantages, mask, *, ...) -> [B, T]`.
       kl: an estimator of KL(policy || reference) from `alignax.losses`; None: no reference is needed or read.
       kl_weight: its weight (paper: beta).
+      unbiased_kl: multiply the estimate by the ratio of the policies, so that samples of the old one estimate the KL of
+        the new one, in value and in gradient ("DeepSeek-V3.2", https://arxiv.org/abs/2512.02556, section 3.1).
+      entropy_weight: of the entropy bonus; None: there is none, and its gradient costs nothing.
+      correction: weights `(old_logp, rollout_logp, mask, *, ...) -> [B, T]` from `alignax.corrections`, which multiply
+        the policy loss; the batch then needs `rollout_logp`. With `truncated_is_token` this is decoupled PPO.
+      off_policy_threshold: leaves out the policy loss of bad rows whose average log-probability has fallen by more than
+        this since they were sampled, see `alignax.corrections.off_policy_mask`; None: of no row.
       temperature: the sampler's, at which log-probabilities are taken.
-      mean: a reduction of `alignax.reduce`, for both terms.
+      mean: a reduction of `alignax.reduce`, for all terms.
 
     Returns:
-      `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `hyper` may override `kl_weight` and
-      `temperature` and holds the policy loss's own hyperparameters. Metrics: `kl` (sum over a row of k3, mean over
-      rows), `entropy`, `ratio`, `ratio/max`, `approx_kl` (k3 between old and new policy, per token) and
-      `clip_fraction` (tokens whose gradient the policy loss took away).
+      `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `hyper` may override `kl_weight`,
+      `entropy_weight`, `off_policy_threshold` and `temperature` and holds the policy loss's own hyperparameters, and as
+      `correction_NAME` those of the correction. Metrics: `kl` (sum over a row of k3, mean over rows), `entropy`,
+      `ratio`, `ratio/max`, `approx_kl` (k3 between old and new policy, per token), `clip_fraction` (tokens whose
+      gradient the policy loss took away) and, of a batch with `rollout_logp`, `sampling/NAME` with the names of
+      `alignax.corrections.mismatch_metrics` and `sampling/kept_rows` where a threshold is given.
     """
+    defaults = {
+        "kl_weight": kl_weight,
+        "temperature": temperature,
+        "entropy_weight": entropy_weight,
+        "off_policy_threshold": off_policy_threshold,
+    }
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         batch = blank(batch)
-        own = {"kl_weight": kl_weight, "temperature": temperature}
-        loss_hyper = {name: value for name, value in hyper.items() if name not in own}
-        own |= {name: value for name, value in hyper.items() if name in own}
+        own: dict[str, Any] = {name: hyper.get(name, default) for name, default in defaults.items()}
+        hyper = {name: value for name, value in hyper.items() if name not in defaults}
+        hyper, correction_hyper = split_prefixed(hyper, "correction_")
 
         def scored(weights: Params, want: tuple[str, ...] = ()):
             rows = (batch.tokens, batch.segments)
             return score(model, weights, *rows, mask=batch.mask, temperature=own["temperature"], want=want)
 
+        def averaged(per_token: Array) -> Mean:
+            return mean(per_token, batch.mask, batch.weights)
+
         scores = scored(params, want=("entropy",))
         old_logp = jax.lax.stop_gradient(scores.logp) if batch.old_logp is None else batch.old_logp
         advantages = _per_token(batch.advantages, batch.mask)
         arguments = (scores.logp, old_logp, advantages, batch.mask)
-        policy = mean(policy_loss(*arguments, **loss_hyper), batch.mask, batch.weights)
-        terms = {"policy": Term(1.0, policy)}
-        metrics = policy_metrics(policy_loss, *arguments, batch.weights, loss_hyper)
+        weigh = partial(off_policy_weights, correction=correction, threshold=own["off_policy_threshold"])
+        weights, metrics = weigh(*arguments, batch.rollout_logp, batch.weights, correction_hyper)
+        policy = policy_loss(*arguments, **hyper)
+        terms = {"policy": Term(1.0, averaged(policy if weights is None else weights * policy))}
+        metrics |= policy_metrics(policy_loss, *arguments, batch.weights, hyper)
         metrics["entropy"] = reduce.token_mean(scores.entropy, batch.mask, batch.weights)
+        if own["entropy_weight"] is not None:
+            terms["entropy"] = Term(-own["entropy_weight"], averaged(scores.entropy))
         if kl is not None:
             ref_logp = scored(_reference(frozen)).logp if batch.ref_logp is None else batch.ref_logp
-            terms["kl"] = Term(own["kl_weight"], mean(kl(scores.logp, ref_logp, batch.mask), batch.mask, batch.weights))
+            estimate = kl(scores.logp, ref_logp, batch.mask)
+            if unbiased_kl:
+                estimate *= losses.importance_ratio(scores.logp, old_logp, batch.mask)
+            terms["kl"] = Term(own["kl_weight"], averaged(estimate))
             per_token = losses.k3(scores.logp, ref_logp, batch.mask)
             metrics["kl"] = reduce.sequence_sum(per_token, batch.mask, batch.weights)
         return terms, jax.lax.stop_gradient(metrics)
