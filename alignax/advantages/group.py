@@ -7,7 +7,7 @@ advantage is 0; so is, exactly, that of every sample of a group whose rewards ar
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Real
 
 from alignax.advantages._spread import centre, check_groups, deviation
 from alignax.types import Array, Scalar
@@ -88,7 +88,7 @@ def leave_one_out(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
     return jax.lax.stop_gradient(centred * count / jnp.maximum(count - 1, 1.0))
 
 
-def opo(rewards: Float[Array, "B G"], lengths: Float[Array, "B G"]) -> Float[Array, "B G"]:
+def opo(rewards: Float[Array, "B G"], lengths: Real[Array, "B G"]) -> Float[Array, "B G"]:
     """OPO, on-policy optimal baseline: r_i - sum_j l_j r_j / sum_j l_j, answers weighed by their lengths.
 
     The baseline of least variance when the squared gradient of an answer grows with its length. See "On-Policy RL with

@@ -41,5 +41,5 @@ def group_relative_process(
     chex.assert_equal_shape_prefix([rewards, mask], 2)
     check_groups(rewards[:, :, 0], "group_relative_process")
     steps = group_relative(rewards.reshape(len(rewards), -1), eps=eps, ddof=ddof).reshape(rewards.shape)
-    ahead = ends[..., None] >= jnp.arange(mask.shape[2])  # [B, G, S, T], folded into the sum
+    ahead = ends[..., None] >= jnp.arange(mask.shape[2])[None, None, None]  # [B, G, S, T], folded into the sum
     return jax.lax.stop_gradient(jnp.where(mask != 0, jnp.sum(jnp.where(ahead, steps[..., None], 0.0), axis=2), 0.0))

@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from alignax import losses
 from alignax.reduce import whiten
@@ -92,7 +92,7 @@ def scale_missing_eos(scores: Float[Array, " B"], finished: Array, *, factor: Sc
 
 
 def soft_overlong(
-    lengths: Float[Array, " B"], *, max_length: Scalar, cache: Scalar, factor: Scalar = 1.0
+    lengths: Real[Array, " B"], *, max_length: Scalar, cache: Scalar, factor: Scalar = 1.0
 ) -> Float[Array, " B"]:
     """DAPO's soft overlong punishment: factor * clip((max_length - cache - length) / cache, -1, 0).
 

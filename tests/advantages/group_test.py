@@ -1,26 +1,106 @@
 """What is particular to advantages within a group: closed forms, rewards that are missing, refusals."""
 
-import json
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from properties import Input, Properties, Row, by_position, make, probability, real
+from references import advantages as references
 
-from alignax import advantages
+from alignax import advantages, reduce
+
+REWARDS = {"rewards": Input("B K", None, make=real)}
+GROUP = {
+    f.__name__: f
+    for f in (
+        advantages.group_relative,
+        advantages.group_relative_batch,
+        advantages.group_centred,
+        advantages.leave_one_out,
+    )
+}
+HYPER = {"group_relative": {"eps": 0.3, "ddof": 0.5}, "group_relative_batch": {"eps": 0.3, "ddof": 0.5}}
 
 
-def test_group_relative():
-    rewards = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
-    centred = rewards - rewards.mean(1, keepdims=True)
-    expected = centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
-    np.testing.assert_allclose(advantages.group_relative(jnp.asarray(rewards)), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(advantages.group_centred(jnp.asarray(rewards)), centred, rtol=1e-5, atol=1e-6)
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        name: Row(f, by_position(f, "rewards"), getattr(references, name), REWARDS, HYPER.get(name, {}))
+        for name, f in GROUP.items()
+    }
+    rows["group_relative_batch"] = rows["group_relative_batch"]._replace(coupled=True)
+    rows["opo"] = Row(
+        advantages.opo,
+        by_position(advantages.opo, "rewards", "lengths"),
+        references.opo,
+        REWARDS | {"lengths": Input("B K", None, make=probability)},
+    )
+
+    def test_permutation(self, row, run):
+        """Also rows that know of each other only move with the order; their sum is 0."""
+        x, order = make(row), np.array([2, 0, 3, 1])
+        permuted, _ = run({name: array[order] for name, array in x.items()})
+        np.testing.assert_allclose(permuted, run(x)[0][order], rtol=1e-5, atol=1e-6)
+
+    def test_bad_shapes_are_refused(self, row):
+        if len(row.inputs) > 1:  # a smaller group is a group
+            return super().test_bad_shapes_are_refused(row)
+        with pytest.raises(Exception, match=r"rank|shape|type"):
+            row.call({"rewards": jnp.ones(4)})
+
+
+@pytest.mark.parametrize("name", [*GROUP, "opo"])
+def test_an_answer_without_a_reward_is_left_out(name):
+    rewards = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    rewards[0, 1] = rewards[1, :3] = rewards[2] = rewards[4, 0] = np.nan
+    x = {"rewards": rewards, "lengths": np.arange(1, 21, dtype=np.float32).reshape(5, 4)}
+    row = TestRows.rows[name]
+    result = jax.jit(row.call)({n: jnp.asarray(v) for n, v in x.items()})
+    np.testing.assert_allclose(result, row.reference(x), rtol=1e-5, atol=1e-6)
+    assert not np.any(np.asarray(result)[np.isnan(rewards)])
+
+
+def test_leave_one_out_is_shift_invariant_and_a_multiple_of_the_centred():
+    rewards = jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32)
+    result = advantages.leave_one_out(rewards)
+    np.testing.assert_allclose(advantages.leave_one_out(rewards + 32.0), result, atol=1e-5)
+    np.testing.assert_allclose(result, 5 / 4 * (rewards - jnp.mean(rewards, axis=1, keepdims=True)), atol=1e-6)
+    np.testing.assert_allclose(jnp.sum(result, axis=1), np.zeros(6), atol=1e-5)
+
+
+def test_of_two_answers_leave_one_out_gives_the_difference():
+    np.testing.assert_array_equal(advantages.leave_one_out(jnp.array([[1.0, 3.5]])), [[-2.5, 2.5]])
+
+
+def test_opo_weighs_by_length():
+    # lengths 3 and 1: the baseline is three quarters of the way to the longer answer's reward
+    result = advantages.opo(jnp.array([[1.0, 0.0]]), jnp.array([[3, 1]]))
+    np.testing.assert_allclose(result, [[0.25, -0.75]], rtol=1e-6)
+    empty = advantages.opo(jnp.array([[1.0, 0.0]]), jnp.zeros((1, 2)))  # nothing was said: any baseline will do
+    np.testing.assert_allclose(empty, [[0.5, -0.5]], rtol=1e-6)
+
+
+def test_informative_groups():
+    nan = jnp.nan
+    rewards = jnp.array(
+        [[1.0, 0.0, 1.0], [0.5, 0.5, 0.5], [nan, nan, nan], [nan, 2.0, 2.0], [nan, 2.0, 1.0], [3, nan, nan]]
+    )
+    found = jax.jit(advantages.informative_groups)(rewards)
+    np.testing.assert_array_equal(found, [True, False, False, False, True, False])
+    # what the docstring promises: the fraction without spread, over the groups that count
+    weights = jnp.array([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    np.testing.assert_allclose(reduce.batch_mean(1.0 - found, weights).value(), 0.5)
 
 
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 1e8])
 def test_a_group_without_spread_has_advantage_exactly_0(reward):
     rewards = jnp.full((2, 7), reward)
     np.testing.assert_array_equal(advantages.group_relative(rewards, eps=1e-9), np.zeros((2, 7)))
+    np.testing.assert_array_equal(advantages.leave_one_out(rewards), np.zeros((2, 7)))
+    lengths = jnp.arange(1.0, 15.0).reshape(2, 7)
+    np.testing.assert_array_equal(advantages.opo(rewards, lengths), np.zeros((2, 7)))
+    mixed = jnp.concatenate([rewards, jnp.arange(7.0)[None]])
+    np.testing.assert_array_equal(advantages.group_relative_batch(mixed, eps=1e-9)[:2], np.zeros((2, 7)))
+    np.testing.assert_array_equal(advantages.informative_groups(mixed), [False, False, True])
 
 
 def test_large_rewards_that_differ_little():
@@ -28,31 +108,10 @@ def test_large_rewards_that_differ_little():
     np.testing.assert_allclose(advantages.group_centred(rewards), [[-1 / 64, -1 / 64, 3 / 64, -1 / 64]], rtol=1e-6)
 
 
-def test_an_answer_without_a_reward_is_left_out():
-    rewards = jnp.array([[1.0, jnp.nan, 0.0, 1.0], [jnp.nan] * 4, [2.0, jnp.nan, jnp.nan, jnp.nan]])
-    result = advantages.group_relative(rewards)
-    np.testing.assert_allclose(result[0], [0.57725, 0.0, -1.154501, 0.57725], atol=1e-5)
-    np.testing.assert_array_equal(result[1:], np.zeros((2, 4)))
-
-
 def test_a_group_of_one_is_refused():
-    for function in (advantages.group_relative, advantages.group_centred):
-        with pytest.raises(ValueError, match=r"shape \(3, 1\).*at least 2 samples"):
-            function(jnp.ones((3, 1)))
-
-
-def test_vectors(shared):
-    used = 0
-    for vector in json.loads((shared / "spec" / "vectors_online.json").read_text()):
-        x, hyper, expected = vector["inputs"], vector["hyperparameters"], vector["expected"]
-        if vector["function"] == "grpo_advantages" and hyper["scale"] != "batch":
-            rewards = jnp.array([float(r) for r in x["rewards"]]).reshape(-1, hyper["group_size"])
-            if hyper["scale"] == "none":
-                result = advantages.group_centred(rewards).ravel()
-            else:
-                result = advantages.group_relative(rewards, eps=hyper["eps"], ddof=hyper["ddof"]).ravel()
-        else:
-            continue
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=2e-6, err_msg=vector["id"])
-        used += 1
-    assert used == 5
+    one = jnp.ones((3, 1))
+    for name, function in {**GROUP, "informative_groups": advantages.informative_groups}.items():
+        with pytest.raises(ValueError, match=rf"{name}: rewards of shape \(3, 1\).*at least 2 samples"):
+            function(one)
+    with pytest.raises(ValueError, match=r"opo: .*at least 2 samples"):
+        advantages.opo(one, one)

@@ -93,3 +93,17 @@ def test_bad_shapes_are_refused():
         rewards.shaped_rewards(jnp.ones(3), x, x, x, kl_coef=0.1)
     with pytest.raises(Exception, match=r"shape|type"):
         rewards.subtract_missing_eos(jnp.ones(3), jnp.ones(2))
+
+
+def test_soft_overlong_is_a_line_between_two_constants():
+    lengths = jnp.array([0, 60, 80, 85, 100, 500])
+    found = jax.jit(rewards.soft_overlong)(lengths, max_length=100, cache=20, factor=2.0)
+    np.testing.assert_allclose(found, [0.0, 0.0, 0.0, -0.5, -2.0, -2.0], atol=1e-6)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(rewards.soft_overlong(lengths, max_length=100, cache=100)[1], -0.6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cache", [0, -1, 101])
+def test_soft_overlong_refuses(cache):
+    with pytest.raises(ValueError, match=rf"cache={cache}, max_length=100; expected 0 < cache <= max_length"):
+        rewards.soft_overlong(jnp.ones(2), max_length=100, cache=cache)
