@@ -15,7 +15,6 @@ from alignax.rewards.generative import good_bad_score as good_bad_score
 from alignax.rewards.generative import good_score as good_score
 from alignax.rewards.preferences import Preference as Preference
 from alignax.rewards.preferences import compare as compare
-from alignax.rewards.preferences import from_reward as from_reward
 from alignax.rewards.preferences import mean_win_rates as mean_win_rates
 from alignax.rewards.preferences import pairwise_scores as pairwise_scores
 from alignax.rewards.preferences import preference_matrix as preference_matrix

@@ -1,19 +1,19 @@
 """What is particular to losses of reward models: outside vectors, closed forms, refusals."""
 
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties import Input, Properties, Row, by_position, real
+from properties import Input, Properties, Row, by_position, probability, real, tokenwise
 from references import reward as references
 
-from alignax import losses
+from alignax import losses, reduce
 
 SCORE = Input("B", mask=None, differentiable=True, make=real)
 SCORES = {"chosen": SCORE, "rejected": SCORE}
+PMP = {"good": SCORE, "bad": SCORE, "good_nll": SCORE}
 
 
 def test_a_tie_costs_log_2_and_pulls_the_scores_together():
@@ -44,25 +44,48 @@ def test_shapes_of_margin_and_preference_are_refused():
             losses.bradley_terry(x, x, **{name: jnp.zeros(2)})
 
 
-def test_vectors(shared):
-    used = set()
-    for vector in json.loads((shared / "spec" / "vectors_preference.json").read_text()):
-        if not vector["id"].startswith("bt_"):
-            continue
-        x, hyper, expected = vector["inputs"], vector["hyperparameters"], vector["expected"]
-        chosen, rejected = (jnp.array(x[f"{side}_rewards"]) for side in ("chosen", "rejected"))
-        loss = losses.bradley_terry(
-            chosen,
-            rejected,
-            margin=jnp.array(x.get("margin", 0.0)),
-            preference=jnp.array(x.get("prob_chosen", 1 - hyper.get("label_smoothing", 0.0))),
-        )
-        centred = loss + hyper.get("center_coef", 0.0) * losses.reward_centering(chosen, rejected)
-        np.testing.assert_allclose(jnp.mean(centred), expected["loss"], rtol=1e-6, err_msg=vector["id"])
-        if "per_example" in expected:
-            np.testing.assert_allclose(loss, expected["per_example"], rtol=1e-6, err_msg=vector["id"])
-        used.add(vector["id"])
-    assert used == {"bt_basic", "bt_margin_small", "bt_centering", "bt_soft_label", "bt_label_smoothing"}
+@pytest.mark.parametrize("preference", [1.2, -0.1, float("nan"), jnp.array([0.5, 2.0, 1.0])])
+def test_a_preference_that_is_no_probability_is_refused(preference):
+    with pytest.raises(ValueError, match=r"bradley_terry: preference=.*; expected 0 <= preference <= 1"):
+        losses.bradley_terry(jnp.zeros(3), jnp.zeros(3), preference=preference)
+
+
+def test_a_rating_far_off_pulls_no_harder_than_delta():
+    target = jnp.array([0.0, 0.0, 0.0])
+    slope = jax.grad(lambda x: jnp.sum(losses.reward_huber(x, target, delta=0.5)))(jnp.array([0.2, 3.0, -100.0]))
+    np.testing.assert_allclose(slope, [0.2, 0.5, -0.5], rtol=1e-6)
+    with pytest.raises(ValueError, match="reward_huber: delta=0; expected 0 < delta < inf"):
+        losses.reward_huber(target, target, delta=0.0)
+
+
+def test_attributes_that_nobody_rated_count_nowhere():
+    scores, targets = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0.0, jnp.nan], [jnp.nan, 2.0]])
+    mask = jnp.array([[1, 0], [0, 1]])
+    loss = losses.reward_mse(scores, targets, mask)
+    np.testing.assert_array_equal(loss, [[1.0, 0.0], [0.0, 4.0]])
+    np.testing.assert_allclose(reduce.token_mean(loss, mask).value(), 2.5)
+
+
+def test_a_binary_reward_is_pulled_towards_its_probability():
+    scores, targets = jnp.array([0.0, 2.0, -1.0]), jnp.array([1.0, 0.25, 0.5])
+    slope = jax.grad(lambda x: jnp.sum(losses.reward_binary(x, targets)))(scores)
+    np.testing.assert_allclose(slope, jax.nn.sigmoid(scores) - targets, rtol=1e-6)
+    with pytest.raises(ValueError, match="reward_binary: targets=3; expected 0 <= targets <= 1"):
+        losses.reward_binary(scores, 3 * targets)
+
+
+@pytest.mark.parametrize("loss", [losses.reward_mse, losses.reward_huber, losses.reward_binary])
+def test_ratings_are_constants(loss):
+    slope = jax.grad(lambda x: jnp.sum(loss(jnp.array([0.5]), x)))(jnp.array([0.25]))
+    np.testing.assert_array_equal(slope, [0.0])
+
+
+def rated(loss, name, mask=False, targets=real, **more):
+    """The row of a loss of ratings, alone or in several attributes."""
+    axes, under = ("B T", "mask") if mask else ("B", None)
+    inputs = {"scores": Input(axes, under, True, real), "targets": Input(axes, under, make=targets)}
+    call = tokenwise(loss, *inputs) if mask else by_position(loss, *inputs)
+    return Row(loss, call, getattr(references, name), inputs, **more)
 
 
 class TestRows(Properties):
@@ -78,7 +101,7 @@ class TestRows(Properties):
             losses.bradley_terry,
             by_position(losses.bradley_terry, *SCORES, margin="margin", preference="preference"),
             references.bradley_terry,
-            SCORES | {"margin": SCORE, "preference": SCORE},
+            SCORES | {"margin": SCORE, "preference": Input("B", None, True, probability)},
         ),
         "reward_centering": Row(
             losses.reward_centering,
@@ -86,4 +109,17 @@ class TestRows(Properties):
             references.reward_centering,
             SCORES,
         ),
+        "pmp": Row(
+            losses.pmp,
+            by_position(losses.pmp, *PMP),
+            references.pmp,
+            PMP,
+            {"mu": 0.3},
+        ),
+        "reward_mse": rated(losses.reward_mse, "reward_mse"),
+        "reward_mse_of_attributes": rated(losses.reward_mse, "reward_mse", mask=True),
+        "reward_huber": rated(losses.reward_huber, "reward_huber", hyper={"delta": 0.7}),
+        "reward_huber_of_attributes": rated(losses.reward_huber, "reward_huber", mask=True),
+        "reward_binary": rated(losses.reward_binary, "reward_binary", targets=probability),
+        "reward_binary_of_attributes": rated(losses.reward_binary, "reward_binary", mask=True, targets=probability),
     }

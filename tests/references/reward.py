@@ -16,3 +16,33 @@ def bradley_terry(x, margin=None, preference=None):
 
 def reward_centering(x):
     return np.array([(chosen + rejected) ** 2 for chosen, rejected in zip(x["chosen"], x["rejected"], strict=True)])
+
+
+def pmp(x, mu=1.0):
+    rows = zip(x["good"], x["bad"], x["good_nll"], strict=True)
+    return np.array([softplus(bad - good) + mu * nll for good, bad, nll in rows])
+
+
+def rated(x, loss):
+    """loss(score, target) wherever there is a rating."""
+    out = np.zeros(x["scores"].shape)
+    for i in np.ndindex(out.shape):
+        if "mask" not in x or x["mask"][i]:
+            out[i] = loss(x["scores"][i], x["targets"][i])
+    return out
+
+
+def reward_mse(x):
+    return rated(x, lambda score, target: (score - target) ** 2)
+
+
+def reward_huber(x, delta=1.0):
+    def loss(score, target):
+        error = abs(score - target)
+        return error**2 / 2 if error <= delta else delta * (error - delta / 2)
+
+    return rated(x, loss)
+
+
+def reward_binary(x):
+    return rated(x, lambda score, p: p * softplus(-score) + (1 - p) * softplus(score))
