@@ -32,6 +32,7 @@ def blank(batch: Batch) -> Batch:
         return jnp.where(filler.reshape(-1, *[1] * (array.ndim - 1)), jnp.zeros((), array.dtype), array)
 
     names = ("mask", "segments", "margin", "preference", "extra", "degraded")
+    names += ("mismatched_mask", "mismatched_segments", "undesirable_weight")
     found = {name: part for name in names if (part := getattr(batch, name, None)) is not None}
     parts = {name: jax.tree.map(partial(without, name), part) for name, part in found.items()}
     return batch._replace(**parts)  # pyright: ignore[reportAttributeAccessIssue]

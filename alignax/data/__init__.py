@@ -4,6 +4,8 @@ from alignax.data import batching as batching
 from alignax.data import chat as chat
 from alignax.data import formats as formats
 from alignax.data import masks as masks
+from alignax.data import pairing as pairing
+from alignax.data import selection as selection
 from alignax.data import text as text
 from alignax.data import truncation as truncation
 from alignax.data.batching import Position as Position
@@ -19,10 +21,12 @@ from alignax.data.rows import collect as collect
 from alignax.data.rows import split as split
 from alignax.data.rows import summary as summary
 from alignax.data.sources import read as read
+from alignax.data.tokens import TokenLabelled as TokenLabelled
 from alignax.data.tokens import TokenPair as TokenPair
 from alignax.data.tokens import TokenPrompt as TokenPrompt
 from alignax.data.tokens import TokenRow as TokenRow
 from alignax.data.tokens import same_vocabulary as same_vocabulary
 from alignax.data.tokens import tokenize_example as tokenize_example
+from alignax.data.tokens import tokenize_labelled as tokenize_labelled
 from alignax.data.tokens import tokenize_pair as tokenize_pair
 from alignax.data.tokens import tokenize_prompt as tokenize_prompt

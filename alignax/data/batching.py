@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from alignax.data.tokens import TokenPair, TokenPrompt, TokenRow
+from alignax.data.tokens import TokenLabelled, TokenPair, TokenPrompt, TokenRow
 
 Batch = dict[str, Any]
 
@@ -40,6 +40,35 @@ def pairs(rows: Sequence[TokenPair], weights: np.ndarray, *, width: int, pad_id:
     sides = [side for row in rows for side in row]
     flat = supervised(sides, np.repeat(weights, 2), width=width, pad_id=pad_id)
     return {k: flat[k].reshape(len(rows), 2, width) for k in ("tokens", "segments", "mask")} | {"weights": weights}
+
+
+def labelled(rows: Sequence[TokenLabelled], weights: np.ndarray, *, width: int, pad_id: int = 0) -> Batch:
+    """The arrays of `supervised`, and desirable bool [B]."""
+    arrays = supervised([row.row for row in rows], weights, width=width, pad_id=pad_id)
+    return arrays | {"desirable": np.array([row.desirable for row in rows], bool)}
+
+
+def unpaired(rows: Sequence[TokenLabelled], weights: np.ndarray, *, width: int, pad_id: int = 0) -> Batch:
+    """The arrays of `labelled`, and mismatched_tokens, ..._segments, ..._mask: prompt i with another row's completion.
+
+    It is that of the row before, going round the rows that weigh something; what is over the width is cut off its end.
+    The only such row of a batch (the last of an epoch may have one) has no other: its mismatched mask is empty.
+
+    Raises:
+      ValueError: for a batch of one row, which never has another.
+    """
+    if len(rows) < 2:
+        raise ValueError(
+            "unpaired: a batch of one row; expected at least 2: KTO pairs each prompt with the completion of another "
+            "row, and here the mismatched row would be the row itself"
+        )
+    counted = np.flatnonzero(weights > 0)
+    before = dict(zip(counted.tolist(), np.roll(counted, 1).tolist()))
+    others = [_exchanged(row.row, rows[before.get(i, i)].row, width) for i, row in enumerate(rows)]
+    alone = weights if len(counted) > 1 else np.zeros_like(weights)
+    mismatched = supervised(others, alone, width=width, pad_id=pad_id)
+    arrays = labelled(rows, weights, width=width, pad_id=pad_id)
+    return arrays | {f"mismatched_{name}": mismatched[name] for name in ("tokens", "segments", "mask")}
 
 
 def prompts(rows: Sequence[TokenPrompt], weights: np.ndarray, *, width: int, pad_id: int = 0) -> Batch:
@@ -105,8 +134,8 @@ def batches(
     """Batches, each with the position to resume from after it.
 
     Args:
-      rows: `TokenRow`s, `TokenPair`s or `TokenPrompt`s.
-      collate: `supervised`, `pairs` or `prompts`.
+      rows: `TokenRow`s, `TokenPair`s, `TokenLabelled`s or `TokenPrompt`s.
+      collate: `supervised`, `pairs`, `labelled`, `unpaired` or `prompts`.
       batch_size: the rows of a batch, over all processes.
       buckets: the widths a batch may have.
       seed: of the order; None keeps the rows in order.
@@ -134,11 +163,19 @@ def statistics(rows: Sequence, *, batch_size: int, buckets: Sequence[int]) -> st
     """One printable line: rows, tokens, how many are trained on, and how full the batches are."""
     lengths = [row.length for row in rows]
     slots = sum(width for width, _ in plan(lengths, batch_size=batch_size, buckets=buckets)) * batch_size
+    rows = [row.row if isinstance(row, TokenLabelled) else row for row in rows]
     sides = [side for row in rows for side in (row if isinstance(row, TokenPair) else [row])]
     tokens = sum(side.length for side in sides)
     trained = sum(int(side.mask.sum()) for side in sides if isinstance(side, TokenRow))
     fill = tokens / (slots * len(sides) / len(rows))
     return f"{len(rows)} rows, {tokens} tokens, {trained} trained on; batches {fill:.0%} full"
+
+
+def _exchanged(row: TokenRow, other: TokenRow, width: int) -> TokenRow:
+    """The prompt of a row with the completion of another, at most `width` tokens."""
+    prompt, start = row.tokens[: int(np.argmax(row.mask))], int(np.argmax(other.mask))
+    mask = np.concatenate([np.zeros(len(prompt), bool), other.mask[start:]])
+    return TokenRow(np.concatenate([prompt, other.tokens[start:]])[:width], mask[:width])
 
 
 def _pad(arrays: Sequence[np.ndarray], width: int, value: Any) -> np.ndarray:

@@ -45,6 +45,18 @@ class TokenPair(NamedTuple):
         return max(self.chosen.length, self.rejected.length)
 
 
+class TokenLabelled(NamedTuple):
+    """A training row whose completion was said to be good or bad."""
+
+    row: TokenRow
+    desirable: bool
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return self.row.length
+
+
 class TokenPrompt(NamedTuple):
     """A prompt's ids, the prompt itself and what else the reward is given."""
 
@@ -145,6 +157,19 @@ def tokenize_pair(
     if np.array_equal(chosen.tokens, rejected.tokens):
         raise BadRow(pair.where, "nothing left", f"chosen and rejected are equal once cut to {limit} tokens")
     return TokenPair(chosen, rejected)
+
+
+def tokenize_labelled(tokenizer: Tokenizer, example: Example, *, label: str = "label", **options: Any) -> TokenLabelled:
+    """The training row of an example with the label in its column `label`: true or false, 1 or 0.
+
+    Arguments and errors of `tokenize_example`, and BadRow for an example without such a label.
+    """
+    if label not in example.columns:
+        raise BadRow(example.where, "no label", f"found the columns {sorted(example.columns)}, expected {label!r}")
+    value = example.columns[label]
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise BadRow(example.where, "wrong label", f"{value!r} in {label!r}; expected true or false")
+    return TokenLabelled(tokenize_example(tokenizer, example, **options), bool(value))
 
 
 def tokenize_prompt(tokenizer: Tokenizer, prompt: Prompt, *, limit: int, truncate: Truncate = refuse) -> TokenPrompt:
