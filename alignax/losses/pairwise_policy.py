@@ -81,7 +81,7 @@ def p3o_separate(
     Raises:
       ValueError: for a ratio_clip known to be below 1, a scale known to be 0 or less, or a side without an extra.
     """
-    weight = _gap_times_ratio(first, second, kl_weight, ratio_clip, scale, "p3o_separate")[:, None]
+    weight = -_gap_times_ratio(first, second, kl_weight, ratio_clip, scale, "p3o_separate")
 
     def clipped(side: Response, weight: Array) -> Array:
         old = extra(side, "old_logp", "p3o_separate")
@@ -89,8 +89,10 @@ def p3o_separate(
             jnp.maximum(jnp.where(side.mask != 0, x.astype(jnp.float32), 0.0), FLOOR) for x in (side.logp, old)
         )
         old = jax.lax.stop_gradient(old)
-        loss = jnp.maximum(weight * logp, weight * jnp.clip(logp, old - clip, old + clip))
-        return jnp.sum(jnp.where(side.mask != 0, loss, 0.0), axis=1)
+        near = jnp.clip(logp, old - clip, old + clip)
+        # max(w l, w clip(l)), its factor in front of the sum
+        worst = jnp.where(weight[:, None] >= 0, jnp.maximum(logp, near), jnp.minimum(logp, near))
+        return weight * jnp.sum(jnp.where(side.mask != 0, worst, 0.0), axis=1)
 
     tokens = first.length + second.length if tokens is None else jnp.asarray(tokens, jnp.float32)
     return (clipped(first, weight) + clipped(second, -weight)) / jnp.maximum(tokens, 1.0)

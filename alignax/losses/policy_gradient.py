@@ -103,7 +103,8 @@ def a2c(
     chex.assert_equal_shape([values, returns, entropy, mask])
     values, returns, entropy = (jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (values, returns, entropy))
     error = values - jax.lax.stop_gradient(returns)
-    return reinforce(logp, logp, -error, mask) + value_weight * error**2 / 2 - entropy_weight * entropy
+    critic = value_weight / 2 * error**2
+    return (reinforce(logp, logp, -error, mask) + critic) - entropy_weight * entropy
 
 
 def ppo_clip(
@@ -165,7 +166,7 @@ def ppo_penalty(
       kl_weight: how strongly the old policy holds (paper: beta).
     """
     _, log_ratio, advantages = policy_inputs(logp, old_logp, advantages, mask)
-    return -exp(log_ratio) * advantages + kl_weight * k3_forward(logp, old_logp, mask)
+    return -exp(log_ratio) * advantages + kl_weight * k3_forward(log_ratio, jnp.zeros_like(log_ratio), mask)
 
 
 def ppo_hybrid(
@@ -188,8 +189,9 @@ def ppo_hybrid(
       clip_low, clip_high: how far the ratio counts below and above 1 (paper: epsilon).
       kl_weight: how strongly the old policy holds (paper: beta).
     """
-    clipped = ppo_clip(logp, old_logp, advantages, mask, clip_low=clip_low, clip_high=clip_high)
-    return clipped + kl_weight * k3_forward(logp, old_logp, mask)
+    _, log_ratio, advantages = policy_inputs(logp, old_logp, advantages, mask)
+    clipped = clipped_surrogate(exp(log_ratio), advantages, clip_low, clip_high)
+    return clipped + kl_weight * k3_forward(log_ratio, jnp.zeros_like(log_ratio), mask)
 
 
 def cispo(

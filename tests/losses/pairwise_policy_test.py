@@ -1,0 +1,128 @@
+"""What is particular to P3O: shifts of the rewards, opposite gradients, what is a constant, what adds up."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from policies import fixed, sample
+from properties import PAIR, Input, Properties, Row, device, pairwise, real
+from references import pairwise_policy as references
+
+from alignax import losses
+from alignax.losses import needed
+from alignax.types import Response
+
+REWARDS = {f"{side}_reward": Input("B", None, make=real) for side in ("chosen", "rejected")}
+SAMPLED = PAIR | {f"{side}_old_logp": Input(mask=f"{side}_mask") for side in ("chosen", "rejected")} | REWARDS
+P3O = (losses.p3o_joint, losses.p3o_separate)
+
+
+def call(loss):
+    return pairwise(loss, "old_logp", "reward")
+
+
+def arrays(seed=0, scale=0.3):
+    return device(sample(SAMPLED, seed=seed, scale=scale))
+
+
+def row(loss, hyper):
+    loop = getattr(references, loss.__name__)
+    return Row(loss, call(loss), loop, SAMPLED, hyper, fixed(loop, SAMPLED))
+
+
+@pytest.mark.parametrize("loss", P3O)
+def test_a_constant_added_to_both_rewards_changes_nothing(loss):
+    x = arrays()
+
+    def of(shift):
+        shifted = {name: x[name] + shift for name in REWARDS}
+        return jax.value_and_grad(lambda logp: jnp.sum(call(loss)({**x, **shifted, "chosen_logp": logp})))(
+            x["chosen_logp"]
+        )
+
+    for found, expected in zip(of(7.0), of(0.0), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    one_side = call(loss)({**x, "chosen_reward": x["chosen_reward"] + 7.0})
+    assert np.max(np.abs(one_side - call(loss)(x))) > 0.1
+
+
+def test_the_gradients_of_the_two_sides_are_opposite():
+    """One token a side, so that x is its log-ratio; on the policy itself they are half the gap of the rewards."""
+    x = {name: value[:, :1] if value.ndim == 2 else value for name, value in arrays(seed=3).items()}
+    x |= {f"{side}_mask": jnp.ones((4, 1), bool) for side in ("chosen", "rejected")}
+    sides = ("chosen_logp", "rejected_logp")
+
+    def gradient(x):
+        return jax.grad(lambda logps: jnp.sum(call(losses.p3o_joint)(x | logps)))({name: x[name] for name in sides})
+
+    moved = gradient(x)
+    np.testing.assert_allclose(moved["chosen_logp"], -moved["rejected_logp"], rtol=1e-6)
+    assert np.any(moved["chosen_logp"] != 0)
+    still = gradient(x | {name: x[name.replace("logp", "old_logp")] for name in sides} | same_reference(x))
+    half = (x["chosen_reward"] - x["rejected_reward"])[:, None] / 2
+    np.testing.assert_allclose(still["chosen_logp"], -half, rtol=1e-5)
+
+
+def same_reference(x):
+    """The reference says what the old policy said: no KL."""
+    return {f"{side}_ref_logp": x[f"{side}_old_logp"] for side in ("chosen", "rejected")}
+
+
+@pytest.mark.parametrize("loss", P3O)
+def test_only_the_policy_moves(loss):
+    x = arrays()
+    still = {name: value for name, value in x.items() if value.dtype == jnp.float32 and not name.endswith("n_logp")}
+    still.pop("rejected_logp")
+    gradients = jax.grad(lambda still: jnp.sum(call(loss)(x | still)))(still)
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient), err_msg=name)
+
+
+def test_no_gap_no_update():
+    x = arrays()
+    x |= {name: x["chosen_reward"] for name in REWARDS} | same_reference(x)
+    x |= {f"{side}_logp": x[f"{side}_old_logp"] for side in ("chosen", "rejected")}
+    np.testing.assert_array_equal(call(losses.p3o_joint)(x), np.zeros(4))
+
+
+def test_separate_clipping_divides_by_all_tokens():
+    x = arrays(seed=4)
+    lengths = np.sum(x["chosen_mask"], axis=1) + np.sum(x["rejected_mask"], axis=1)
+    alone, together = call(losses.p3o_separate)(x), call(losses.p3o_separate)(x, tokens=jnp.mean(lengths))
+    np.testing.assert_allclose(jnp.mean(together), np.sum(alone * lengths) / np.sum(lengths), rtol=1e-5)
+
+
+def test_what_the_losses_read_beyond_log_probabilities():
+    assert {name for loss in P3O for name in needed(loss)} == {"old_logp", "reward"}
+    side = Response(jnp.zeros((1, 1)), None, jnp.ones((1, 1)), {"reward": jnp.zeros(1)})
+    with pytest.raises(ValueError, match=r"p3o_joint: Response.extra holds \['reward'\]; expected 'old_logp'"):
+        losses.p3o_joint(side, side)
+
+
+@pytest.mark.parametrize("loss", P3O)
+@pytest.mark.parametrize("hyper, expected", [({"ratio_clip": 0.5}, "ratio_clip >= 1"), ({"scale": 0.0}, "scale > 0")])
+def test_hyperparameters_out_of_range_are_refused(loss, hyper, expected):
+    with pytest.raises(ValueError, match=rf"{loss.__name__}: .*expected {expected}"):
+        call(loss)(arrays(), **hyper)
+
+
+class TestRows(Properties):
+    rows = {  # noqa: RUF012
+        "p3o_joint": row(losses.p3o_joint, {"kl_weight": 0.3, "clip": 1.0, "ratio_clip": 3.0, "scale": 2.0}),
+        "p3o_separate": row(losses.p3o_separate, {"kl_weight": 0.3, "clip": 0.5, "ratio_clip": 3.0, "scale": 2.0}),
+        "p3o_separate_batch": Row(
+            losses.p3o_separate,
+            call(losses.p3o_separate),
+            lambda x, tokens=None, **hyper: references.p3o_separate(x, tokens_per_pair=tokens, **hyper),
+            SAMPLED,
+            {"tokens": 5.0},
+            lambda x, tokens=None: fixed(references.p3o_separate, SAMPLED)(x, tokens_per_pair=tokens),
+        ),
+        "p3o_gap": Row(
+            losses.p3o_gap,
+            pairwise(losses.p3o_gap, "reward"),
+            references.p3o_gap,
+            {name: i._replace(differentiable=False) for name, i in (PAIR | REWARDS).items()},
+            {"kl_weight": 0.3},
+        ),
+    }
