@@ -1,0 +1,32 @@
+"""Logarithms of probabilities that stay exact, value and gradient, where the probability nears 0 or 1."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from alignax.losses._checks import check_label_smoothing
+from alignax.types import Array, Scalar
+
+
+def log1mexp(x: Array) -> Array:
+    """log(1 - e^x) for x < 0; above -1e-6 the value of -1e-6 and no gradient, where both would be infinite at 0."""
+    x = jnp.minimum(x.astype(jnp.float32), -1e-6)
+    near = x > -math.log(2)
+    # each branch sees an argument of its own: the other's infinite derivative times 0 would be NaN
+    return jnp.where(
+        near,
+        jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
+        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
+    )
+
+
+def smoothed_logistic(logit: Array, label_smoothing: Scalar, loss: str) -> Array:
+    """-(1 - eps) log sigmoid(logit) - eps log sigmoid(-logit).
+
+    Raises:
+      ValueError: naming the loss, for a label_smoothing known to lie outside [0, 0.5).
+    """
+    check_label_smoothing(loss, label_smoothing)
+    eps = label_smoothing
+    return -(1 - eps) * jax.nn.log_sigmoid(logit) - eps * jax.nn.log_sigmoid(-logit)
