@@ -83,19 +83,19 @@ def p3o_separate(
     """
     weight = -_gap_times_ratio(first, second, kl_weight, ratio_clip, scale, "p3o_separate")
 
-    def clipped(side: Response, weight: Array) -> Array:
+    def worst(side: Response, weight: Array) -> Array:
+        """sum_t max(w l, w clip(l)) / w."""
         old = extra(side, "old_logp", "p3o_separate")
         logp, old = (
             jnp.maximum(jnp.where(side.mask != 0, x.astype(jnp.float32), 0.0), FLOOR) for x in (side.logp, old)
         )
         old = jax.lax.stop_gradient(old)
         near = jnp.clip(logp, old - clip, old + clip)
-        # max(w l, w clip(l)), its factor in front of the sum
-        worst = jnp.where(weight[:, None] >= 0, jnp.maximum(logp, near), jnp.minimum(logp, near))
-        return weight * jnp.sum(jnp.where(side.mask != 0, worst, 0.0), axis=1)
+        chosen = jnp.where(weight[:, None] >= 0, jnp.maximum(logp, near), jnp.minimum(logp, near))
+        return jnp.sum(jnp.where(side.mask != 0, chosen, 0.0), axis=1)
 
     tokens = first.length + second.length if tokens is None else jnp.asarray(tokens, jnp.float32)
-    return (clipped(first, weight) + clipped(second, -weight)) / jnp.maximum(tokens, 1.0)
+    return weight * (worst(first, weight) - worst(second, -weight)) / jnp.maximum(tokens, 1.0)
 
 
 @needs("reward")
