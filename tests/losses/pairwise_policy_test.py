@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from policies import fixed, sample
-from properties import PAIR, Input, Properties, Row, device, pairwise, real
+from policies import Rounded, fixed, sample
+from properties import PAIR, Input, Row, device, pairwise, real
 from references import pairwise_policy as references
 
 from alignax import losses
@@ -106,7 +106,7 @@ def test_hyperparameters_out_of_range_are_refused(loss, hyper, expected):
         call(loss)(arrays(), **hyper)
 
 
-class TestRows(Properties):
+class TestRows(Rounded):
     rows = {  # noqa: RUF012
         "p3o_joint": row(losses.p3o_joint, {"kl_weight": 0.3, "clip": 1.0, "ratio_clip": 3.0, "scale": 2.0}),
         "p3o_separate": row(losses.p3o_separate, {"kl_weight": 0.3, "clip": 0.5, "ratio_clip": 3.0, "scale": 2.0}),
