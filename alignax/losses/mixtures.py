@@ -80,7 +80,8 @@ def mixture(parts: Mapping[PairwiseLoss, Scalar] | Sequence[tuple[Scalar, Pairwi
         ]
         return functools.reduce(jnp.add, terms)
 
-    sides = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("chosen", "rejected")]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    sides = [inspect.Parameter(name, kind, annotation=Response) for name in ("chosen", "rejected")]
     mixed.__signature__ = inspect.Signature([*sides, *known.values()])  # pyright: ignore[reportFunctionMemberAccess]
     if any(needs_whole_batch(loss) for _, loss in pairs):
         whole_batch(mixed)

@@ -136,8 +136,8 @@ def mdpo(
     """
     check_positive("mdpo", beta=beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
-    arrays = (extra(chosen, f"degraded_{name}", "mdpo") for name in ("logp", "ref_logp", "mask"))
-    x_degraded = log_ratio(Response(*arrays))
+    logp, ref_logp, mask = (extra(chosen, f"degraded_{name}", "mdpo") for name in ("logp", "ref_logp", "mask"))
+    x_degraded = log_ratio(Response(logp, ref_logp, mask))
     chex.assert_equal_shape([x_chosen, x_degraded])
     condition = jax.nn.log_sigmoid(beta * (x_chosen - x_degraded))
     held = jax.nn.log_sigmoid(beta * x_chosen - anchor)

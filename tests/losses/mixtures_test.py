@@ -19,11 +19,12 @@ P2 = {f"{side}_log_sum_p2": Input(mask=f"{side}_mask") for side in ("chosen", "r
 
 
 def random_pair(seed=3, **extra):
-    x = make(Row(losses.dpo, None, None, PAIR | P2), seed=seed)
+    x = make(Row(losses.dpo, losses.dpo, losses.dpo, PAIR | P2), seed=seed)
 
     def side(name):
-        arrays = [jnp.asarray(x[f"{name}_{array}"]) for array in ("logp", "ref_logp", "mask", "log_sum_p2")]
-        return Response(*arrays[:3], {"log_sum_p2": arrays[3], **extra})
+        names = ("logp", "ref_logp", "mask", "log_sum_p2")
+        logp, ref_logp, mask, log_sum_p2 = (jnp.asarray(x[f"{name}_{array}"]) for array in names)
+        return Response(logp, ref_logp, mask, {"log_sum_p2": log_sum_p2, **extra})
 
     return side("chosen"), side("rejected")
 
@@ -52,7 +53,7 @@ def test_the_weight_carries_no_gradient():
 
 def test_wpo_of_another_loss_keeps_its_name_needs_and_hyperparameters():
     loss = losses.wpo(losses.odpo, clamp=None)
-    assert loss.__name__ == "wpo_odpo" and loss.__doc__.startswith("WPO of odpo: ")
+    assert loss.__name__ == "wpo_odpo" and (loss.__doc__ or "").startswith("WPO of odpo: ")
     assert losses.needed(loss) == ("margin", "log_sum_p2") and losses.needed(losses.odpo) == ("margin",)
     assert losses.needed(losses.wpo()) == ("log_sum_p2",) and losses.needed(losses.dpo) == ()
     assert inspect.signature(loss).parameters["beta"].default == 0.1
@@ -85,7 +86,9 @@ def test_a_hyperparameter_goes_to_the_parts_that_take_it():
     parts = losses.dpo(chosen, rejected, beta=0.3) + 0.5 * losses.orpo(chosen, rejected, odds_weight=0.2)
     parts += 2 * losses.ipo(chosen, rejected, beta=0.7)
     np.testing.assert_allclose(loss(chosen, rejected, beta=0.3, odds_weight=0.2), parts, rtol=1e-6)
-    assert inspect.signature(loss).parameters["beta"].default == 0.1
+    parameters = inspect.signature(loss).parameters
+    assert list(parameters) == ["chosen", "rejected", "beta", "label_smoothing", "divergence", "odds_weight"]
+    assert parameters["beta"].default == 0.1 and parameters["chosen"].annotation is Response
     with pytest.raises(ValueError, match=r"1.0 dpo \+ 0.5 orpo \+ 2.0 ipo: no part takes \['gamma', 'tau'\]"):
         loss(chosen, rejected, beta=0.3, tau=0.1, gamma=0.0)
 

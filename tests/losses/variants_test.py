@@ -14,16 +14,14 @@ from alignax import losses
 from alignax.types import Response
 
 
-def with_kl(kl_chosen, kl_rejected, x_chosen=1.0, x_rejected=-0.5):
-    """One pair of responses of two tokens, the second one masked out and NaN."""
-    return [
-        Response(
-            *(jnp.array([[v, jnp.nan]]) for v in (x, 0.0)),
-            jnp.array([[1, 0]]),
-            {"forward_kl": jnp.array([[kl, jnp.nan]])},
-        )
-        for x, kl in ((x_chosen, kl_chosen), (x_rejected, kl_rejected))
-    ]
+def with_kl(kl_chosen, kl_rejected):
+    """One pair, D = 1.5, of two tokens a side, the second one masked out and NaN."""
+
+    def side(x, kl):
+        logp, ref_logp, forward_kl = (jnp.array([[v, jnp.nan]]) for v in (x, 0.0, kl))
+        return Response(logp, ref_logp, jnp.array([[1, 0]]), {"forward_kl": forward_kl})
+
+    return side(1.0, kl_chosen), side(-0.5, kl_rejected)
 
 
 def test_dpop_is_dpo_while_the_chosen_side_is_not_below_the_reference():

@@ -117,10 +117,11 @@ def of_averages(function):
 
 
 def ld_dpo(x, hyper, expected):
-    chosen, rejected = (
-        Response(*floats(x, f"policy_{s}_token_logps", f"ref_{s}_token_logps", f"{s}_mask"))
-        for s in ("chosen", "rejected")
-    )
+    def side(name):
+        logp, ref_logp, mask = floats(x, f"policy_{name}_token_logps", f"ref_{name}_token_logps", f"{name}_mask")
+        return Response(logp, ref_logp, mask)
+
+    chosen, rejected = side("chosen"), side("rejected")
     loss = losses.ld_dpo if hyper["apply_to_ref"] else losses.ld_dpo_policy
     yield jnp.mean(loss(chosen, rejected, beta=hyper["beta"], alpha=hyper["ld_alpha"])), expected["loss"]
     # the margin, by way of the loss: -log sigmoid(z) has one z
@@ -172,10 +173,12 @@ def diffusion_dpo(x, hyper, expected):
     sides = ("w", "l")
     if "noise" in x:
         noise = jnp.asarray(x["noise"], jnp.float32)
-        errors = [losses.squared_error(*floats(x, f"{m}_pred_{s}"), noise) for m in ("model", "ref") for s in sides]
+        predictions = floats(x, *(f"{model}_pred_{s}" for model in ("model", "ref") for s in sides))
+        errors = [losses.squared_error(prediction, noise) for prediction in predictions]
     else:
         errors = floats(x, *(f"{model}_err_{s}" for model in ("model", "ref") for s in sides))
-    loss = losses.diffusion_dpo(*errors, beta=hyper["beta_dpo"])
+    chosen, rejected, ref_chosen, ref_rejected = errors
+    loss = losses.diffusion_dpo(chosen, rejected, ref_chosen, ref_rejected, beta=hyper["beta_dpo"])
     yield from per_pair(loss, expected)
     inside = -jnp.log(jnp.expm1(loss))  # of -log sigmoid(inside)
     yield inside, expected["inside"]
@@ -186,8 +189,7 @@ def diffusion_dpo(x, hyper, expected):
 def beta_dpo(x, hyper, expected):
     chosen, rejected = pair(x)
     gaps = chosen.sum - chosen.ref_sum - (rejected.sum - rejected.ref_sum)
-    start = [jnp.float32(x[name]) for name in ("ema_mean", "ema_std")]
-    mean, std = losses.beta_dpo_moments(*start, gaps, momentum=hyper["ema_gamma"])
+    mean, std = losses.beta_dpo_moments(x["ema_mean"], x["ema_std"], gaps, momentum=hyper["ema_gamma"])
     yield mean, expected["ema_mean_new"]
     yield std, expected["ema_std_new"]
     yield jnp.exp(log_weight(gaps, mean, std)), expected["sampling_weights"]
@@ -210,16 +212,20 @@ def of_targets(logits, x):
     return logp, jnp.take_along_axis(logp, jnp.asarray(x["targets"])[..., None], axis=-1)[..., 0]
 
 
+def one_each(logp, ref_logp, mask, **extra):
+    """A pair of the first and the second row."""
+    rows = (slice(0, 1), slice(1, 2))
+    return [Response(logp[i], ref_logp[i], mask[i], {name: v[i] for name, v in extra.items()}) for i in rows]
+
+
 def tdpo(function):
     def vectors(x, hyper, expected):
         policy, logp = of_targets(x["policy_logits"], x)
         reference, ref_logp = of_targets(x["ref_logits"], x)
         kl, mask = jnp.sum(jnp.exp(reference) * (reference - policy), axis=-1), jnp.asarray(x["mask"])
-        sides = [
-            Response(*(v[i : i + 1] for v in (logp, ref_logp, mask)), {"forward_kl": kl[i : i + 1]}) for i in range(2)
-        ]
-        yield jnp.mean(function(*sides, **hyper)), expected["loss"]
-        ratios = jnp.concatenate([side.sum - side.ref_sum for side in sides])
+        chosen, rejected = one_each(logp, ref_logp, mask, forward_kl=kl)
+        yield jnp.mean(function(chosen, rejected, **hyper)), expected["loss"]
+        ratios = jnp.concatenate([side.sum - side.ref_sum for side in (chosen, rejected)])
         totals = jnp.sum(jnp.where(mask != 0, kl, 0.0), axis=-1)
         yield ratios, expected["logratio"]
         yield totals, expected["seq_kl"]
@@ -235,10 +241,7 @@ def wpo(x, hyper, expected):
     expected_logp, mask = jax.nn.logsumexp(2 * vocabulary, axis=-1), jnp.asarray(x["mask"])
     first = np.arange(mask.shape[1]) == 0
     ref_logp = jnp.asarray(np.where(first, np.array(x["ref_seq_logps"])[:, None], 0.0), jnp.float32)
-    sides = [
-        Response(*(v[i : i + 1] for v in (logp, ref_logp, mask)), {"log_sum_p2": expected_logp[i : i + 1]})
-        for i in range(2)
-    ]
+    sides = one_each(logp, ref_logp, mask, log_sum_p2=expected_logp)
     loss = losses.wpo(clamp=hyper["clamp_max"])(*sides, beta=hyper["beta"])
     yield jnp.mean(loss), expected["loss"]
     yield (loss / losses.dpo(*sides, beta=hyper["beta"]))[0], expected["weight"]
