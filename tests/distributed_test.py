@@ -21,7 +21,7 @@ from alignax import models, sharding, train
 from alignax.algorithms import ppo, sft
 from alignax.logprobs import last_score, token_logprobs, token_values
 
-PROBLEMS = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
+PROBLEMS = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 HOW = ("one", "data_8", "data_4_model_2", "pmap")
 # rows over all devices is the mesh of fewest surprises: not paid for by every problem
 RUNS = [

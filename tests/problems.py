@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from alignax import models, reduce, train
-from alignax.algorithms import grpo, ppo, preference, reward_model, sft
+from alignax.algorithms import grpo, kto, ppo, preference, reward_model, sft
 from alignax.types import Model, Params
 
 ROWS, LENGTH, VOCAB = 16, 11, 32
@@ -50,6 +50,7 @@ class Problem(NamedTuple):
     frozen: Any
     hyper: dict
     start: Callable = tiny  # () -> model, parameters
+    statistics: Callable | None = None  # (model) -> statistics function
 
 
 def rows(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -82,7 +83,11 @@ def problems() -> dict[str, Problem]:
     judged = {name: two[name] for name in ("tokens", "segments")} | {"weights": weights}
     judged |= {name: rng.uniform(size=ROWS).astype(np.float32) for name in ("margin", "preference")}
     ppo_hyper = {"clip_low": 0.3, "entropy_weight": 0.05, "temperature": 0.8}
+    others = {f"mismatched_{name}": x for name, x in rows(ROWS, seed=2).items()}
+    said = kto.Batch(**one, **others, desirable=rng.random(ROWS) < 0.6, weights=weights)
+    above = {"reference": jax.tree.map(lambda x: 1.1 * x, params)}  # so that KTO's KL is not clamped
     return {
+        "kto": Problem(kto.make_loss, said, above, {"beta": 0.3}, statistics=kto.make_statistics),
         "reward_model": Problem(
             reward_model.make_loss, reward_model.Batch(**judged), None, {"centering_weight": 0.1}, scored
         ),
@@ -115,13 +120,14 @@ def three_updates(
 ) -> Result:
     """Three SGD updates on one batch; `run(update, state, batch, frozen, hyper)` places the arrays and compiles.
 
-    `statistics`: model -> statistics function.
+    `statistics`: model -> statistics function, the problem's unless told.
     """
     model, params = problem.start()
     # an optimizer that keeps the gradient it was given: the difference of parameters would be too coarse
     keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, state, p=None: (g, g))
     optimizer = optax.chain(keep, optax.sgd(0.1))
     options = {"microbatches": microbatches, "axis_name": axis_name}
+    statistics = problem.statistics if statistics is None else statistics
     measure = None if statistics is None else statistics(model)
     update = train.make_update(problem.make_loss(model), optimizer, statistics=measure, **options)
     run = on_one_device() if run is None else run

@@ -47,8 +47,7 @@ def make_loss(model: Model, *, loss: Callable[..., Array] = losses.kto) -> LossF
       times the log-ratio), `logps/chosen`, `logps/rejected`, each of one class and 0 where that is missing, which
       `desirable_fraction` tells; `kl` (clamped at 0) or `delta`.
     """
-    parameters = inspect.signature(loss).parameters
-    default_beta = parameters["beta"].default if "beta" in parameters else 1.0
+    default_beta = _default_beta(loss)
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         batch, hyper = blank(batch), {name: x for name, x in hyper.items() if name != "delta_rate"}
@@ -82,6 +81,7 @@ def make_statistics(model: Model, *, loss: Callable[..., Array] = losses.kto) ->
 
     Without `delta_rate` it is that of the batch alone.
     """
+    default_beta = _default_beta(loss)
 
     def kl(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]) -> dict[str, Mean | Max]:
         del hyper
@@ -90,7 +90,7 @@ def make_statistics(model: Model, *, loss: Callable[..., Array] = losses.kto) ->
 
     def delta(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]) -> dict[str, Mean | Max]:
         batch = blank(batch)
-        beta = hyper.get("beta", inspect.signature(loss).parameters["beta"].default)
+        beta = hyper.get("beta", default_beta)
         mean = losses.mean_reward(response(model, params, batch, frozen), batch.weights, beta=beta)
         rate, before = hyper.get("delta_rate", 1.0), hyper.get("delta", 0.0)
         # every row moves the mean by its share, so that parts of the batch still add up
@@ -140,6 +140,11 @@ def _coupled(loss: Callable) -> list[str]:
     """The numbers of the whole batch that a loss takes and that it was not given."""
     parameters = inspect.signature(loss).parameters
     return [n for n in ("kl", "delta") if n in parameters and parameters[n].default is inspect.Parameter.empty]
+
+
+def _default_beta(loss: Callable) -> Scalar:
+    parameters = inspect.signature(loss).parameters
+    return parameters["beta"].default if "beta" in parameters else 1.0
 
 
 def _response(model: Model, params: Params, rows: tuple, ref_logp: Array | None, frozen: Any, name: str) -> Response:

@@ -9,7 +9,7 @@ from problems import LENGTH, ROWS, assert_same, on_one_device, problems, three_u
 
 from alignax import train
 
-NAMES = ("sft", "dpo", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
+NAMES = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 
 
 @pytest.fixture(scope="module", params=NAMES)

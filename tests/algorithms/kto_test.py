@@ -1,0 +1,172 @@
+"""What learning from single answers does beyond the common invariances: statistics, a running delta, refusals."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import ROWS, assert_same, on_one_device, problems, three_updates, tiny
+
+from alignax import losses, train
+from alignax.algorithms import kto
+from alignax.logprobs import token_logprobs
+from alignax.types import Mean
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return problems()["kto"]
+
+
+def log_ratios(problem, prefix=""):
+    """Of whole answers, in float64, one by one: what the formulas are about."""
+    model, params = tiny()
+    tokens, segments, mask = (getattr(problem.batch, prefix + name) for name in ("tokens", "segments", "mask"))
+    logp, ref = (
+        np.asarray(jax.jit(partial(token_logprobs, model))(p, tokens, segments, mask=mask), np.float64)
+        for p in (params, problem.frozen["reference"])
+    )
+    return np.sum(np.where(mask, logp - ref, 0.0), axis=1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_the_first_update_is_the_formula(problem):
+    """Loss, KL and metrics by hand, over the rows that count; the empty mismatched row is left out of the KL."""
+    model, params = tiny()
+    batch, beta, hyper = problem.batch, 0.3, {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.2}
+    update = jax.jit(
+        train.make_update(kto.make_loss(model), optax.sgd(0.0), statistics=kto.make_statistics(model), microbatches=2)
+    )
+    state = train.TrainState.create(params, optax.sgd(0.0))
+    _, metrics = update(state, batch, problem.frozen, hyper)
+    x, others, w, good = log_ratios(problem), log_ratios(problem, "mismatched_"), batch.weights, batch.desirable
+    counted = w * batch.mismatched_mask.any(axis=1)
+    assert counted.sum() == w.sum() - 1
+    kl = np.sum(counted * others) / np.sum(counted)
+    assert kl > 0.05
+    loss = np.where(good, 0.7 * (1 - sigmoid(beta * (x - kl))), 1.2 * (1 - sigmoid(beta * (kl - x))))
+    expected = {
+        "kl": kl,
+        "loss": np.sum(w * loss) / np.sum(w),
+        "rewards/chosen": np.sum((w * beta * x)[good]) / np.sum(w[good]),
+        "rewards/rejected": np.sum((w * beta * x)[~good]) / np.sum(w[~good]),
+        "desirable_fraction": np.sum(w[good]) / np.sum(w),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_bco_over_micro_batches(problem):
+    """The running delta too; micro-batches of two rows, one of which has none that counts."""
+    weights = problem.batch.weights.copy()
+    weights[[0, 8]] = 0  # strided: the two rows of the first of eight parts
+    hyper = {"beta": 0.3, "delta": 0.5, "delta_rate": 0.25, "undesirable_weight": 1.5}
+    bco = problem._replace(
+        make_loss=partial(kto.make_loss, loss=losses.bco),
+        statistics=partial(kto.make_statistics, loss=losses.bco),
+        batch=problem.batch._replace(weights=weights),
+        hyper=hyper,
+    )
+    run = on_one_device()
+    expected = three_updates(bco, run=run)
+    assert_same(three_updates(bco, microbatches=8), expected)
+    model, params = tiny()
+    statistics = kto.make_statistics(model, loss=losses.bco)
+    assert statistics is not None
+    found = jax.jit(statistics)(params, bco.batch, bco.frozen, hyper)["delta"].value()
+    mean = np.sum(weights * 0.3 * log_ratios(bco)) / np.sum(weights)
+    np.testing.assert_allclose(found, 0.5 + 0.25 * (mean - 0.5), rtol=1e-5)
+    running, _ = losses.bco_delta(0.5, 3.0, Mean(jnp.asarray(mean), jnp.ones(())))  # one row in four
+    np.testing.assert_allclose(running, found, rtol=1e-5)
+
+
+def test_rows_that_weigh_nothing_change_nothing(problem):
+    """Their mismatched rows and weights of class neither, NaN or ids out of the vocabulary."""
+    weight = np.linspace(0.5, 2, ROWS).astype(np.float32)
+    batch = problem.batch._replace(undesirable_weight=weight)
+    garbage = {"mismatched_tokens": np.where(batch.mismatched_segments, batch.mismatched_tokens, 7)}
+    garbage["mismatched_tokens"][2] = 10_000
+    garbage["mismatched_segments"] = np.where((np.arange(ROWS) == 2)[:, None], 1, batch.mismatched_segments)
+    garbage["undesirable_weight"] = np.where(np.arange(ROWS) == 2, np.nan, weight).astype(np.float32)
+    garbage["desirable"] = np.where(np.arange(ROWS) == 2, ~batch.desirable, batch.desirable)
+    run = on_one_device()
+    assert_same(
+        three_updates(problem, run=run, batch=batch._replace(**garbage)), three_updates(problem, run=run, batch=batch)
+    )
+
+
+def test_the_references_log_probabilities_may_come_with_the_batch(problem):
+    model, params = tiny()
+    found = {}
+    for prefix in ("", "mismatched_"):
+        where = {name: getattr(problem.batch, prefix + name) for name in ("tokens", "segments", "mask")}
+        found[f"{prefix}ref_logp"] = jax.jit(partial(token_logprobs, model))(problem.frozen["reference"], **where)
+    batch = problem.batch._replace(**found)
+    statistics, loss = kto.make_statistics(model), kto.make_loss(model)
+    assert statistics is not None
+
+    @jax.jit
+    def both(params, batch, frozen):
+        kl = statistics(params, batch, frozen, {})["kl"].value()
+        return kl, loss(params, batch, frozen, {"kl": kl})[0]["rows"].mean.value()
+
+    np.testing.assert_allclose(both(params, batch, None), both(params, problem.batch, problem.frozen), rtol=1e-5)
+
+
+def test_the_statistics_have_no_gradient(problem):
+    model, params = tiny()
+    for loss in (losses.kto, losses.bco):
+        statistics = kto.make_statistics(model, loss=loss)
+
+        def total(params, batch, statistics=statistics):
+            return sum(x.value() for x in statistics(params, batch, problem.frozen, {}).values())
+
+        gradient = jax.jit(jax.grad(total))(params, problem.batch)
+        assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+
+
+def test_a_loss_without_statistics(problem):
+    model, params = tiny()
+    assert kto.make_statistics(model, loss=losses.apo_zero_unpaired) is None
+    assert kto.make_statistics(model, loss=partial(losses.kto, kl=0.0)) is None
+    batch = problem.batch._replace(**{f"mismatched_{name}": None for name in ("tokens", "segments", "mask")})
+    values = {}
+    for name, loss in (("apo", losses.apo_zero_unpaired), ("kto", partial(losses.kto, kl=-1.0))):
+        terms, metrics = jax.jit(kto.make_loss(model, loss=loss))(params, batch, problem.frozen, {"beta": 0.3})
+        assert "kl" not in metrics
+        values[name] = terms["rows"].mean.value()
+    assert values["apo"] == values["kto"]
+
+
+def test_one_class_alone(problem):
+    model, params = tiny()
+    batch = problem.batch._replace(desirable=np.ones(ROWS, bool))
+    terms, metrics = jax.jit(kto.make_loss(model))(params, batch, problem.frozen, {"kl": 0.1})
+    assert np.isfinite(terms["rows"].mean.value()) and metrics["desirable_fraction"].value() == 1
+    assert metrics["rewards/rejected"].count == 0 and metrics["rewards/rejected"].value() == 0
+
+
+def test_refusals(problem):
+    model, params = tiny()
+    batch, frozen = problem.batch, problem.frozen
+
+    def refuses(message, function, *args):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(function, params, *args)
+
+    loss, statistics = kto.make_loss(model), kto.make_statistics(model)
+    refuses(
+        r"the loss needs kl, .* hyper holds \['beta'\]; give make_update statistics", loss, batch, frozen, {"beta": 1}
+    )
+    refuses("the loss needs delta", kto.make_loss(model, loss=losses.bco), batch, frozen, {})
+    refuses("batch has no mismatched_tokens", statistics, batch._replace(mismatched_tokens=None), frozen, {})
+    for wrong in (None, params["head"]):
+        refuses(rf"batch.ref_logp is None and frozen is a {type(wrong).__name__}", loss, batch, wrong, {"kl": 0.0})
+    refuses("batch.mismatched_ref_logp is None", statistics, batch, None, {})
+    with pytest.raises(AssertionError):
+        jax.eval_shape(loss, params, batch._replace(desirable=batch.desirable[:3]), frozen, {"kl": 0.0})
