@@ -24,6 +24,7 @@ LEVELS = (
         "corrections",
         "losses",
         "train",
+        "trpo",
         "sampling",
         "sharding",
     },
