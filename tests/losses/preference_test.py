@@ -21,7 +21,7 @@ DIVERGENCES = (losses.f_reverse_kl, losses.f_forward_kl, losses.f_jensen_shannon
 def side(x, ref_logp=0.0):
     """Responses of one token each, of these log-ratios: a win rate comes along."""
     logp = jnp.asarray(x, jnp.float32)[:, None] + ref_logp
-    return Response(logp, jnp.full_like(logp, ref_logp), jnp.ones(logp.shape, bool), {"win_rate": WIN_RATE[: len(x)]})
+    return Response(logp, jnp.full_like(logp, ref_logp), jnp.ones(logp.shape, bool), {"win_rate": jnp.resize(WIN_RATE, len(x))})
 
 
 WIN_RATE = jnp.array([0.9, 0.2, 0.6, 0.5])
@@ -232,6 +232,13 @@ def test_discopop_has_a_basin_at_a_small_negative_margin():
     falls = np.diff(loss) < 0
     assert falls[0] and falls[-1] and not falls.all()
     assert -4 < grid[np.argmin(falls)] < 0  # where it turns up
+
+
+def test_discopop_of_tau_1():
+    """m e^-z is then 1 - m: (1 - m) (1 + log(1 + e^-z)), also where e^-z is far beyond float32."""
+    z = np.array([-1000.0, -100.0, -2.0, 0.0, 3.0, 30.0])
+    loss = losses.discopop(side(z), side(np.zeros(6)), beta=1.0, tau=1.0)
+    np.testing.assert_allclose(loss, (1 + np.logaddexp(0, -z)) * np.exp(-np.logaddexp(0, z)), rtol=1e-5)
 
 
 class TestRows(Properties):
