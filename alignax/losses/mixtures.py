@@ -67,7 +67,9 @@ def mixture(parts: Mapping[PairwiseLoss, Scalar] | Sequence[tuple[Scalar, Pairwi
     if not pairs:
         raise ValueError("mixture: no parts; expected at least one loss and its weight")
     taken = [_hyperparameters(loss) for _, loss in pairs]
-    known = {name: parameter for parameters in reversed(taken) for name, parameter in parameters.items()}
+    known: dict[str, inspect.Parameter] = {}
+    for parameters in taken:  # the default of the first part that takes it
+        known |= {name: parameter for name, parameter in parameters.items() if name not in known}
     formula = " + ".join(f"{w} {_name(loss)}" for w, loss in pairs)
 
     @needs(*dict.fromkeys(name for _, loss in pairs for name in needed(loss)))
