@@ -21,7 +21,8 @@ DIVERGENCES = (losses.f_reverse_kl, losses.f_forward_kl, losses.f_jensen_shannon
 def side(x, ref_logp=0.0):
     """Responses of one token each, of these log-ratios: a win rate comes along."""
     logp = jnp.asarray(x, jnp.float32)[:, None] + ref_logp
-    return Response(logp, jnp.full_like(logp, ref_logp), jnp.ones(logp.shape, bool), {"win_rate": jnp.resize(WIN_RATE, len(x))})
+    extra = {"win_rate": jnp.resize(WIN_RATE, len(x))}
+    return Response(logp, jnp.full_like(logp, ref_logp), jnp.ones(logp.shape, bool), extra)
 
 
 WIN_RATE = jnp.array([0.9, 0.2, 0.6, 0.5])
