@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from alignax import data, models, sharding, train
+from alignax import data, losses, models, sharding, train
 from alignax.algorithms import sft
 from alignax.data import truncation
 from alignax.io import hf
+from alignax.types import LossFn, Model
 
 TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
+LOSSES = {"cross_entropy": losses.cross_entropy, "dft": losses.dft}
 SHOW = ("loss", "held_out/loss")
 CURVES = ("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "grad_norm")
 
@@ -52,6 +54,12 @@ class Config:
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
     every_turn: bool = False
     """In conversations, train on every assistant turn, not only on the last."""
+    loss: Literal["cross_entropy", "dft"] = "cross_entropy"
+    """Objective: the likelihood of the tokens, or that weighed by their probability (dynamic fine-tuning)."""
+    label_smoothing: float = 0.0
+    """Probability that the cross-entropy's target is any token of the vocabulary; below 1."""
+    z_weight: float = 0.0
+    """Weight of the z-loss, which keeps the logits from drifting, 1e-4 where it was published; 0 leaves it out."""
     aux_weight: float = 0.0
     """For a mixture of experts: the weight of its load-balancing loss, over each micro-batch; 0 leaves it out."""
     held_out: float = 0.05
@@ -74,6 +82,29 @@ class Config:
     """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of the data order and of sampling."""
+
+
+def check_objective(config: Config) -> None:
+    """Refuses options of the loss that mean nothing.
+
+    Raises:
+      ValueError: for numbers out of range, or smoothed labels of a loss that has none.
+    """
+    common.check_ranges(config, least={"label_smoothing": 0, "z_weight": 0})
+    if not config.label_smoothing < 1:
+        raise ValueError(f"label_smoothing={config.label_smoothing}; expected less than 1, which forgets the tokens")
+    if not config.z_weight < float("inf"):
+        raise ValueError(f"z_weight={config.z_weight}; expected a finite number")
+    if config.label_smoothing and config.loss != "cross_entropy":
+        raise ValueError(f"label_smoothing={config.label_smoothing} with loss={config.loss}; expected cross_entropy")
+
+
+def make_loss(config: Config, model: Model) -> LossFn:
+    """The objective that the options name."""
+    loss = LOSSES[config.loss]
+    if config.label_smoothing:
+        loss = partial(losses.smoothed_cross_entropy, label_smoothing=config.label_smoothing)
+    return sft.make_loss(model, loss=loss, z_loss_weight=config.z_weight or None, aux_weight=config.aux_weight or None)
 
 
 def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenRow], list[data.TokenRow]]:
@@ -102,6 +133,7 @@ def main(config: Config) -> dict[str, float]:
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    check_objective(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     if config.limit > loaded.model.config.max_positions:
         raise ValueError(
@@ -121,9 +153,9 @@ def main(config: Config) -> dict[str, float]:
         max_grad_norm=config.max_grad_norm,
     )
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    loss_fn = sft.make_loss(loaded.model, aux_weight=config.aux_weight or None)
+    loss_fn = make_loss(config, loaded.model)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
-    measure = jax.jit(train.make_measure(loss_fn))
+    measure = jax.jit(train.make_measure(sft.make_loss(loaded.model)))  # the likelihood, whatever is trained on
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):

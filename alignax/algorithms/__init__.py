@@ -1,5 +1,6 @@
 """Algorithms: each a `Batch` and a `make_loss(model, ...)` for `alignax.train.make_update`."""
 
+from alignax.algorithms import distillation as distillation
 from alignax.algorithms import grpo as grpo
 from alignax.algorithms import nash_md as nash_md
 from alignax.algorithms import preference as preference

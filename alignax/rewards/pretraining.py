@@ -8,16 +8,16 @@ import math
 
 
 def stack_exchange_score(upvotes: int, accepted: bool = False) -> int:
-    """round(log2(1 + upvotes)), one more for the accepted answer; -1 for answers that were voted down.
+    """Stack Exchange score: round(log2(1 + upvotes)), + 1 if accepted; -1 if upvotes < 0.
 
-    Two answers with equal scores are no pair.
+    Two answers of one question with equal scores are no pair.
     """
     return -1 if upvotes < 0 else round(math.log2(1 + upvotes)) + bool(accepted)
 
 
 def binarised(better: str, worse: str, *, good: str = "GOOD: ", bad: str = "BAD: ") -> list[tuple[str, str]]:
-    """A ranked pair as two pairs (preferred, other) that say good or bad of one answer each.
+    """Binarised pair: (better, worse) -> (good better, bad better), (bad worse, good worse); the preferred one first.
 
-    A control word stands before the answer: the better one is rather good than bad, the worse one rather bad than good.
+    A control word before an answer says what it is; that it is the right word is what the model learns.
     """
     return [(good + better, bad + better), (bad + worse, good + worse)]

@@ -81,12 +81,14 @@ def monte_carlo_soft(correct: Bool[Array, "... N"]) -> Float[Array, "..."]:
 def rated_labels(
     ratings: Float[Array, "B S"], mask: Array, *, neutral: Scalar | None = 1.0
 ) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
-    """Labels of steps that people rated -1, 0 or 1: 0 for -1, 1 for 1, and none after the first -1.
+    """Labels of rated steps: 0 for -1, 1 for 1, `neutral` for 0, and none after the first -1.
+
+    The ratings are those of PRM800K.
 
     Args:
       ratings: `[B, S]`.
       mask: `[B, S]`, which steps were rated.
-      neutral: the label of a 0; None leaves such steps out.
+      neutral: the label of a step rated 0; None leaves it out.
 
     Returns:
       Labels and the mask of those that count, both `[B, S]`.

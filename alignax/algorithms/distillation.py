@@ -1,0 +1,220 @@
+"""Distillation: the student says what a frozen teacher would say, token by token.
+
+The teacher may read other rows than the student, which end in the same tokens. With a context before them, whose effect
+the student learns to have without reading it, this is context distillation. See "A General Language Assistant as a
+Laboratory for Alignment", Askell et al. (https://arxiv.org/abs/2112.00861), section 2.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from alignax import losses, reduce
+from alignax.algorithms._fillers import blank
+from alignax.logprobs import _predicted, token_divergence
+from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
+
+
+class Batch(NamedTuple):
+    """Rows of the student, and those of the teacher where they differ, in the same order.
+
+    The i-th masked-in token of a row is the same token on both sides.
+    """
+
+    tokens: Array  # int32 [B, T]
+    segments: Array  # int32 [B, T], 0 is padding
+    mask: Array  # [B, T], tokens to learn
+    teacher_tokens: Array | None = None  # int32 [B, S], such as a context and the student's row; None: the same rows
+    teacher_segments: Array | None = None  # int32 [B, S]
+    teacher_mask: Array | None = None  # [B, S], the tokens of `mask`, not those of the context
+    top_logp: Array | None = (
+        None  # float32 [B, T, K]: what the teacher said, instead of the teacher; see `teacher_top_k`
+    )
+    top_ids: Array | None = None  # int32 [B, T, K]
+    weights: Array | None = None  # float32 [B], example weights; a filler row weighs 0
+
+
+def make_loss(
+    model: Model,
+    *,
+    loss: Callable[..., Array] = losses.distill_forward_kl,
+    teacher_model: Model | None = None,
+    mean: Callable[..., Mean] = reduce.token_mean,
+) -> LossFn:
+    """Makes the loss function mean(loss(logits, teacher_logits, mask, **hyper)) over the batch's masked-in tokens.
+
+    Args:
+      model: the student.
+      loss: any `loss(logits, teacher_logits, mask, *, ...) -> [B, T]`; `hyper` holds its hyperparameters.
+      teacher_model: the teacher, over the same vocabulary; the student's model when None.
+      mean: a reduction of `alignax.reduce`.
+
+    Returns:
+      `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `frozen` is `{"teacher": params}`.
+      Metric: `misaligned`, the share of tokens to learn that are left out: the teacher's row holds another token in
+      their place or none, or nothing stands before them.
+
+    Raises:
+      ValueError: when there is no teacher, its rows are not whole, or (of known arrays) their tokens to learn differ.
+    """
+    teacher_model = model if teacher_model is None else teacher_model
+
+    def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
+        if not (isinstance(frozen, dict) and "teacher" in frozen):
+            raise ValueError(f"distillation: frozen is a {type(frozen).__name__}; expected {{'teacher': params}}")
+        batch = blank(batch)
+        columns, learned = _align(batch)
+        teacher = jax.lax.stop_gradient(frozen["teacher"])
+        states = _before(model, params, batch.tokens, batch.segments)
+        teacher_states = _before(teacher_model, teacher, *_teacher_rows(batch)[:2])
+        teacher_states = jnp.take_along_axis(teacher_states, columns[..., None], axis=1)
+
+        def divergence(logits: Array, teacher_logits: Array) -> Array:
+            return loss(logits, teacher_logits, jnp.ones(logits.shape[:2]), **hyper)
+
+        per_token = token_divergence(
+            divergence,
+            lambda x: model.logits(params, x),
+            _only(states, learned),
+            lambda x: teacher_model.logits(teacher, x),
+            _only(teacher_states, learned),
+        )
+        return _terms(per_token, learned, batch, mean)
+
+    return loss_fn
+
+
+def make_top_k_loss(
+    model: Model,
+    *,
+    loss: Callable[..., Array] = losses.distill_top_k,
+    mean: Callable[..., Mean] = reduce.token_mean,
+) -> LossFn:
+    """Makes the same of a teacher that has spoken before: mean(loss(logits, top_logp, top_ids, mask, **hyper)).
+
+    Args:
+      model: the student.
+      loss: `losses.distill_top_k` or `losses.distill_top_k_renormalised`.
+      mean: a reduction of `alignax.reduce`.
+
+    Returns:
+      `loss_fn(params, batch, frozen, hyper)`, which needs nothing frozen and no rows of the teacher.
+
+    Raises:
+      ValueError: for a batch without the teacher's answers.
+    """
+
+    def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
+        del frozen
+        if batch.top_logp is None or batch.top_ids is None:
+            raise ValueError("distillation: a batch without top_logp and top_ids; expected what teacher_top_k returns")
+        chex.assert_equal_shape([batch.top_logp, batch.top_ids])
+        batch = blank(batch)
+        learned = _predicted(batch.segments, None) & (batch.mask != 0)
+        states = _only(_before(model, params, batch.tokens, batch.segments), learned)
+        # the answers take the place of a teacher's states; ids are exact in float32 up to 2^24
+        answers = jnp.concatenate([batch.top_logp, batch.top_ids], axis=-1, dtype=jnp.float32)
+
+        def divergence(logits: Array, answers: Array) -> Array:
+            logp, ids = jnp.split(answers, 2, axis=-1)
+            return loss(logits, logp, ids.astype(jnp.int32), jnp.ones(logits.shape[:2]), **hyper)
+
+        answers = _only(answers, learned)
+        per_token = token_divergence(divergence, lambda x: model.logits(params, x), states, lambda x: x, answers)
+        return _terms(per_token, learned, batch, mean)
+
+    return loss_fn
+
+
+def teacher_top_k(
+    model: Model, params: Params, batch: Batch, *, k: int = 50, temperature: Scalar = 1.0, columns: int = 32
+) -> Batch:
+    """The batch with what the teacher says at every token to learn: its k largest log-probabilities, and of what.
+
+    Ahead of training, once for every row; the teacher's rows are left out of what is returned.
+
+    Args:
+      model, params: the teacher.
+      batch: rows of both.
+      k: how many (50 where it was published).
+      temperature: divides the teacher's logits.
+      columns: how many columns meet the vocabulary at once.
+    """
+    places, learned = _align(batch)
+    states = _before(model, params, *_teacher_rows(batch)[:2])
+    states = _only(jnp.take_along_axis(states, places[..., None], axis=1), learned)
+
+    def of_column(states: Array) -> tuple[Array, Array]:
+        logp, ids = jax.lax.top_k(jax.nn.log_softmax(model.logits(params, states) / temperature), k)
+        return logp, ids
+
+    found = jax.lax.map(of_column, states.swapaxes(0, 1), batch_size=columns)
+    logp, ids = (x.swapaxes(0, 1) for x in found)
+    rows = {"teacher_tokens": None, "teacher_segments": None, "teacher_mask": None}
+    return batch._replace(**rows, top_logp=logp, top_ids=ids, mask=learned)
+
+
+def _teacher_rows(batch: Batch) -> tuple[Array, Array, Array]:
+    own = (batch.teacher_tokens, batch.teacher_segments, batch.teacher_mask)
+    if all(x is None for x in own):
+        return batch.tokens, batch.segments, batch.mask
+    tokens, segments, mask = own
+    if tokens is None or segments is None or mask is None:
+        raise ValueError(
+            "distillation: expected teacher_tokens, teacher_segments and teacher_mask, or none of them, not "
+            f"{[name for name, x in zip(Batch._fields[3:6], own, strict=True) if x is not None]} alone"
+        )
+    return tokens, segments, mask
+
+
+def _align(batch: Batch) -> tuple[Array, Array]:
+    """For every column of the student the teacher's column of the same token, and where both predict that token."""
+    tokens, segments, mask = _teacher_rows(batch)
+    chex.assert_rank([batch.tokens, tokens], 2)
+    chex.assert_equal_shape([batch.tokens, batch.segments, batch.mask])
+    chex.assert_equal_shape([tokens, segments, mask])
+    chex.assert_equal_shape_prefix([batch.tokens, tokens], 1)
+    ours, theirs = batch.mask != 0, mask != 0
+    place = jnp.cumsum(ours, axis=1) - 1  # the how-manieth token to learn a column holds
+    order = jnp.argsort(~theirs, axis=1, stable=True)  # the teacher's columns, those to learn from first
+    columns = jnp.take_along_axis(order, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
+    same = place < jnp.sum(theirs, axis=1, keepdims=True)
+    same &= jnp.take_along_axis(tokens, columns, axis=1) == batch.tokens
+    _check_aligned(ours, theirs, same, batch.weights)
+    heard = jnp.take_along_axis(_predicted(segments, None), columns, axis=1)
+    return columns, ours & same & heard & _predicted(batch.segments, None)
+
+
+def _check_aligned(ours: Array, theirs: Array, same: Array, weights: Array | None) -> None:
+    if any(isinstance(x, Tracer) for x in (ours, theirs, same, weights)):
+        return
+    ours, theirs, same = (np.asarray(x) for x in (ours, theirs, same))
+    counts = ours.sum(1), theirs.sum(1)
+    wrong = (counts[0] != counts[1]) | np.any(ours & ~same, axis=1)
+    for row in np.flatnonzero(wrong if weights is None else wrong & (np.asarray(weights) != 0)):
+        raise ValueError(
+            f"distillation: row {row} has {counts[0][row]} tokens to learn, the teacher's {counts[1][row]}; expected "
+            "the same tokens in the same order"
+        )
+
+
+def _before(model: Model, params: Params, tokens: Array, segments: Array) -> Array:
+    """The state before every token, which predicts it."""
+    return jnp.roll(model.hidden(params, tokens, segments).states, 1, axis=1)
+
+
+def _only(states: Array, learned: Array) -> Array:
+    """What stands elsewhere, NaN included, reaches neither value nor gradient."""
+    return jnp.where(learned[..., None], states, jnp.zeros((), states.dtype))
+
+
+def _terms(per_token: Array, learned: Array, batch: Batch, mean: Callable[..., Mean]):
+    per_token = jnp.where(learned, per_token, 0.0)
+    left_out = (batch.mask != 0) & ~learned
+    metrics = {"misaligned": reduce.token_mean(left_out.astype(jnp.float32), batch.mask, batch.weights)}
+    return {"distillation": Term(1.0, mean(per_token, learned, batch.weights))}, metrics
