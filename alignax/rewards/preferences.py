@@ -14,7 +14,6 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from alignax.rewards.evaluate import Reward, evaluate
 from alignax.types import Array, Scalar
 
 Preference = Callable[..., Sequence[float]]
@@ -111,26 +110,6 @@ def mean_win_rates(preferences: Float[Array, "B K K"], *, include_self: bool = T
     own = jnp.eye(count, dtype=bool)[None]
     total = jnp.sum(jnp.where(own, 0.5 if include_self else 0.0, preferences.astype(jnp.float32)), axis=2)
     return total / (count if include_self else count - 1)
-
-
-def from_reward(reward: Reward, *, scale: float = 1.0) -> Preference:
-    """The Bradley-Terry preference of a reward function: sigmoid(scale (r(first) - r(second))).
-
-    Columns `first_NAME` and `second_NAME` reach the reward as NAME, each with its side.
-    """
-
-    def prefer(prompts: Sequence[Any], first: Sequence[str], second: Sequence[str], **columns: Sequence[Any]):
-        shared = {n: x for n, x in columns.items() if not n.startswith(("first_", "second_"))}
-
-        def scores(side: str, completions: Sequence[str]) -> np.ndarray:
-            own = {n.removeprefix(side): x for n, x in columns.items() if n.startswith(side)}
-            return evaluate(reward, prompts, completions, shared | own)
-
-        difference = scale * (scores("first_", first) - scores("second_", second))
-        return np.asarray(jax.nn.sigmoid(difference)).tolist()
-
-    prefer.__name__ = getattr(reward, "__name__", repr(reward))
-    return prefer
 
 
 def compare(

@@ -1,0 +1,359 @@
+"""Learning from preferences between a policy's own samples: a folder, prompts and a preference in, the folder out.
+
+    python experiments/online_preference.py --model FOLDER --data prompts.jsonl --method dpo \
+        --prefer my_preferences.py:shorter --output runs/online
+
+A preference is a function `prefer(prompts, first, second, **columns) -> list[float]` in a file of your own, the
+probability that the first completion is the better one; or a reward (`--reward`, as for grpo.py) read as Bradley-Terry
+does, sigmoid(scale (r1 - r2)). Every pair is shown in both orders. It gets the columns of the data, and
+`first_truncated`, `second_truncated`.
+
+Methods, by who samples: the policy twice (dpo, dpo_soft, ipo, ipo_soft), the geometric mixture of policy and reference
+twice (ipo_md), policy and reference (xpo), the policy against that mixture (nash_md) or against an average of its past
+parameters (nash_ema), the policy several times (sppo: the best and the worst by win rate). Results in the output
+folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import runpy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rollouts
+import tyro
+
+from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
+from alignax.algorithms import nash_md, preference
+from alignax.data import text
+from alignax.io import hf
+from alignax.logprobs import token_logprobs
+from alignax.types import LossFn, Model, Params
+
+SHOW = ("preference", "length", "held_out/win_rate", "held_out/kl")
+CURVES = ("held_out/win_rate", "held_out/kl", "loss", "preference", "ties", "length", "truncated", "rewards/margins")
+
+
+class Method(NamedTuple):
+    """Who samples, which loss learns from it, and how strongly the reference holds when nothing is said."""
+
+    players: tuple[str, ...]
+    loss: Callable
+    beta: float
+
+
+METHODS = {
+    "dpo": Method(("policy", "policy"), losses.dpo, 0.1),
+    "dpo_soft": Method(("policy", "policy"), losses.dpo_soft, 0.1),
+    "ipo": Method(("policy", "policy"), losses.ipo, 0.1),
+    "ipo_soft": Method(("policy", "policy"), losses.ipo_soft, 0.1),
+    "ipo_md": Method(("mixture", "mixture"), losses.ipo_soft, 0.1),
+    "xpo": Method(("policy", "reference"), losses.xpo, 0.1),
+    "nash_md": Method(("policy", "mixture"), losses.nash_md, 0.1),
+    "nash_ema": Method(("policy", "average"), losses.nash_md, 0.1),
+    "sppo": Method(("policy",), losses.sppo, 1e-3),  # as often as --samples says
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Learning from preferences between a policy's own samples."""
+
+    model: str
+    """Hugging Face folder, or id on the hub; also the first reference."""
+    data: str
+    """JSONL, JSON or Parquet file of prompts, a folder of these, or an id of the hub."""
+    output: pathlib.Path
+    """New folder for everything that comes out."""
+    method: Literal["dpo", "dpo_soft", "ipo", "ipo_soft", "ipo_md", "xpo", "nash_md", "nash_ema", "sppo"] = "dpo"
+    """What is learned, and from whose samples."""
+    prefer: str = ""
+    """FILE.py:FUNCTION, a preference function."""
+    reward: str = ""
+    """Instead of it a reward: last_number (the answer's, as in GSM8K), or FILE.py:FUNCTION."""
+    reward_scale: float = 1.0
+    """What a unit of reward is worth, in nats of preference."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Columns of the data to rename, old name and new name."""
+    steps: int = 100
+    """Updates, each from samples of its own."""
+    prompts: int = 16
+    """Prompts of an update."""
+    samples: int = 5
+    """For sppo: completions of each prompt."""
+    microbatches: int = 1
+    """Parts into which an update is split to save memory; the result is the same."""
+    beta: float | None = None
+    """How strongly the reference holds (tau of IPO and Nash-MD, 1 / eta of SPPO); None for the method's own."""
+    alpha: float = 1e-5
+    """For xpo: how much is explored."""
+    mixture: float = 0.125
+    """For ipo_md and nash_md: the reference's part in the mixture."""
+    ema_rate: float = 0.05
+    """For nash_ema: how far the average follows the policy after each update."""
+    reference_every: int = 0
+    """Updates after which the reference follows the policy; 0 keeps it fixed, sppo needs the length of an iteration."""
+    reference_rate: float = 1.0
+    """How far it follows: 1 is a copy."""
+    missing_eos_penalty: float = 1.0
+    """Nats of preference that a completion loses for having been cut off, where the other one was not."""
+    keep_ties: bool = False
+    """Learn also from pairs between which nothing is preferred, in the order they were drawn in."""
+    max_prompt_tokens: int = 256
+    """Most tokens of a prompt."""
+    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
+    drop_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
+    max_new_tokens: int = 64
+    """Most tokens of a completion."""
+    temperature: float = 0.9
+    """Of sampling; pairwise losses take log-probabilities at 1, policy gradients at this temperature."""
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this probability."""
+    held_out: float = 0.1
+    """Fraction of the prompts that is evaluated on and never trained on."""
+    evaluate_every: int = 25
+    """Updates between two evaluations."""
+    evaluate_prompts: int = 64
+    """Most held-out prompts of an evaluation."""
+    learning_rate: float = 5e-7
+    """Peak learning rate of AdamW."""
+    warmup: int = 5
+    """Updates over which the learning rate rises."""
+    schedule: common.Schedule = "constant"
+    """How it falls afterwards."""
+    max_grad_norm: float = 1.0
+    """Global norm to which gradients are clipped; 0 clips nothing."""
+    bfloat16: bool = False
+    """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    model_axis: int = 1
+    """Devices over which each layer is split; the others take different rows."""
+    seed: int = 0
+    """Of the data order and of sampling."""
+
+
+def check(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses at once what would fail after a rollout, or mean nothing."""
+    if bool(config.prefer) == bool(config.reward):
+        raise ValueError(f"prefer={config.prefer!r}, reward={config.reward!r}; expected one of them")
+    if config.method == "sppo" and config.reference_every < 1:
+        raise ValueError("--method sppo: the reference is where an iteration began; give --reference-every its updates")
+    if config.beta is not None and not config.beta > 0:
+        raise ValueError(f"beta={config.beta}; expected a number above 0")
+    least = {"reward_scale": 0, "alpha": 0, "mixture": 0, "ema_rate": 0, "reference_every": 0, "reference_rate": 0}
+    least |= {"missing_eos_penalty": 0, "samples": 2, "max_new_tokens": 1, "evaluate_prompts": 1, "temperature": 0.01}
+    common.check_ranges(config, least=least, most={"mixture": 1, "ema_rate": 1, "reference_rate": 1})
+    common.check(config, mesh, rows=config.prompts, parts=config.microbatches)
+
+
+def find_preference(name: str) -> rewards.Preference:
+    """The function FUNCTION of the user's FILE.py."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not pathlib.Path(path).is_file():
+        raise ValueError(f"--prefer {name}: expected FILE.py:FUNCTION with a file there is")
+    found = runpy.run_path(path).get(function)
+    if not callable(found):
+        raise ValueError(f"--prefer {name}: {path} has no function {function!r}")
+    return found
+
+
+def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
+    """Makes `draw(params, asked, key)`: the samples of each player, side by side, leaves [B, N, ...]."""
+    settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    counts = collections.Counter(players)
+    samplers = {}
+    for player, count in counts.items():
+        model = models.mixture(loaded.model) if player == "mixture" else loaded.model
+        generate = partial(sampling.generate, model, eos_ids=loaded.eos_ids, group=count, **settings)
+        samplers[player] = jax.jit(generate)
+
+    def draw(params: dict[str, Params], asked: tuple[jax.Array, jax.Array], key: jax.Array) -> sampling.Samples:
+        keys = jax.random.split(key, len(samplers))
+        drawn = [sample(params[player], *asked, k) for (player, sample), k in zip(samplers.items(), keys)]
+        apart = [jax.tree.map(lambda x: x.reshape(len(asked[0]), -1, *x.shape[1:]), samples) for samples in drawn]
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *apart)
+
+    return draw
+
+
+class Verdict(NamedTuple):
+    """What is said about [B, N] samples. preferences: `[B, N, N]`, how probably each is better than each other."""
+
+    completions: list[list[str]]
+    preferences: np.ndarray
+
+
+def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Samples], Verdict]:
+    """Makes `judge(asked, samples) -> Verdict`."""
+    rule = rollouts.rule(config.reward, 1.0) if config.reward else None
+    prefer = None if rule else find_preference(config.prefer)
+
+    def by_function(asked: dict, completions: list[list[str]], cut: np.ndarray) -> np.ndarray:
+        rows, count = cut.shape
+        pairs = [(b, i, j) for b in range(rows) for i in range(count) for j in range(i + 1, count)]
+        names = {name: None for row in asked["columns"] for name in row}
+        columns = {name: [asked["columns"][b].get(name) for b, _, _ in pairs] for name in names}
+        texts = [[completions[pair[0]][pair[side]] for pair in pairs] for side in (1, 2)]
+        truncated = tuple([bool(cut[pair[0], pair[side]]) for pair in pairs] for side in (1, 2))
+        prompts = [asked["prompts"][b] for b, _, _ in pairs]
+        found = rewards.compare(prefer, prompts, *texts, columns, {"truncated": truncated})
+        matrix = np.full((rows, count, count), 0.5, np.float32)
+        for (b, i, j), p in zip(pairs, found):
+            matrix[b, i, j], matrix[b, j, i] = p, 1 - p
+        return matrix
+
+    def judge(asked: dict, samples: sampling.Samples) -> Verdict:
+        cut = common.to_host(samples.truncated)
+        count = cut.shape[1]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+        if rule:
+            verdict = rollouts.judge([rule], loaded, asked, flat, count)
+            texts, scores = verdict.completions, verdict.reward.reshape(-1, count)
+        else:
+            texts, scores = text.decode(loaded.tokenizer, flat.tokens, flat.mask, eos_ids=loaded.eos_ids), None
+        completions = [list(texts[i : i + count]) for i in range(0, len(texts), count)]
+        if scores is None:
+            preferences = by_function(asked, completions, cut)
+        else:
+            preferences = common.to_host(rewards.preference_matrix(jnp.asarray(config.reward_scale * scores)))
+        missing = cut.astype(np.float32)
+        shift = config.missing_eos_penalty * (missing[:, None, :] - missing[:, :, None])
+        return Verdict(completions, rewards.shift_preference(preferences, shift))
+
+    return judge
+
+
+def make_loss(config: Config, model: Model) -> LossFn:
+    """The loss function that the method names."""
+    loss = METHODS[config.method].loss
+    return nash_md.make_loss(model, loss=loss) if loss is losses.nash_md else preference.make_loss(model, loss=loss)
+
+
+def hyperparameters(config: Config) -> dict[str, float]:
+    """The numbers that the method's loss takes."""
+    method = METHODS[config.method]
+    beta = method.beta if config.beta is None else config.beta
+    if method.loss is losses.nash_md:
+        return {"kl_weight": beta, "temperature": config.temperature}
+    return {"beta": beta} | ({"alpha": config.alpha} if method.loss is losses.xpo else {})
+
+
+def make_batch(
+    config: Config, players: Sequence[str], samples: sampling.Samples, preferences: np.ndarray, counted: np.ndarray
+) -> tuple[Any, dict[str, Any]]:
+    """The batch that the method learns from, and what it was like; ties and filler rows weigh 0."""
+    loss, rows = METHODS[config.method].loss, np.arange(len(counted))
+    parts = (samples.tokens, samples.segments, samples.mask)
+    metrics = {"preference": preferences[counted, 0, 1].mean()}
+    if loss is losses.nash_md:
+        weights = jnp.asarray(counted, jnp.float32)
+        own = [part[:, 0] for part in parts]
+        return nash_md.Batch(*own, preference=jnp.asarray(preferences[:, 0, 1]), weights=weights), metrics
+    rates = np.asarray(rewards.mean_win_rates(jnp.asarray(preferences)))
+    sides, tie = np.stack([rates.argmax(axis=1), rates.argmin(axis=1)], axis=1), np.ptp(rates, axis=1) < 1e-6
+    sides[tie] = [0, 1]
+    if "preference" in losses.needed(loss):  # a soft label knows no order, and learns from a tie what it says
+        sides[:], tie = [0, 1], np.zeros_like(counted)
+    found = preferences[rows, sides[:, 0], sides[:, 1]]
+    extra = {
+        "preference": np.stack([found, 1 - found], axis=1),
+        "win_rate": np.take_along_axis(rates, sides, axis=1),
+        "from_reference": np.array([player == "reference" for player in players], np.float32)[sides],
+    }
+    used = counted & (config.keep_ties | ~tie)
+    metrics |= {"ties": tie[counted].mean()}
+    return preference.Batch(
+        *(part[rows[:, None], sides] for part in parts),
+        weights=jnp.asarray(used, jnp.float32),
+        extra={name: jnp.asarray(extra[name]) for name in losses.needed(loss)},
+    ), metrics
+
+
+def make_evaluate(
+    config: Config, loaded: hf.Loaded, judge: Callable[..., Verdict], asked: dict
+) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
+    """Makes `evaluate(params) -> (metrics, completions)`: how often held-out completions beat those of the start."""
+    key, rows = jax.random.key(config.seed + 1), (asked["tokens"], asked["lengths"])
+    draw = make_draw(config, loaded, ("policy", "start"))
+    logp = jax.jit(partial(token_logprobs, loaded.model))
+
+    def evaluate(params: Params) -> tuple[dict[str, float], Sequence[str]]:
+        samples = draw({"policy": params, "start": loaded.params}, rows, key)
+        verdict = judge(asked, samples)
+        own = jax.tree.map(lambda x: x[:, 0], samples)
+        scored = [logp(p, own.tokens, own.segments, mask=own.mask) for p in (params, loaded.params)]
+        values = {
+            "win_rate": verdict.preferences[:, 0, 1].mean(),
+            "kl": reduce.sequence_sum(scored[0] - scored[1], own.mask).value(),
+            "length": own.lengths.mean(),
+            "truncated": own.truncated.mean(),
+        }
+        return {f"held_out/{name}": float(value) for name, value in values.items()}, [x[0] for x in verdict.completions]
+
+    return evaluate
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    check(config, mesh)
+    players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
+    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    judge, hyper = make_judge(config, loaded), hyperparameters(config)
+    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
+    width = max(prompt.length for prompt in [*prompts, *held_out])  # one for all: it is part of the compiled shapes
+    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
+    schedule = {"steps": config.steps, "warmup": config.warmup, "schedule": config.schedule}
+    optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
+    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
+    reference, average, weight = loaded.params, loaded.params, jnp.asarray(config.mixture)
+    update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
+    update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
+    draw, follow = make_draw(config, loaded, players), jax.jit(train.ema)
+    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    evaluate = make_evaluate(config, loaded, judge, questions)
+
+    result, completions = evaluate(state.params)
+    common.print_samples("before", questions["prompts"][:4], completions[:4])
+    with run:
+        run.log(0, result)
+        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        for step in range(1, config.steps + 1):
+            asked, _ = next(stream)
+            policies = {"policy": state.params, "reference": reference, "average": average}
+            policies["mixture"] = {"policy": state.params, "reference": reference, "weight": weight}
+            rows = place((asked["tokens"], asked["lengths"]))
+            samples = draw(policies, rows, jax.random.fold_in(state.key, step))
+            verdict = judge(asked, samples)
+            counted = asked["weights"] > 0  # not the rows that fill up an epoch's last batch
+            batch, measured = make_batch(config, players, samples, verdict.preferences, counted)
+            state, metrics = update(state, place(batch), {"reference": reference}, hyper)
+            if config.method == "nash_ema":
+                average = follow(average, state.params, rate=config.ema_rate)
+            if config.reference_every and step % config.reference_every == 0:
+                reference = follow(reference, state.params, rate=config.reference_rate)
+            metrics |= measured | {"length": samples.lengths[counted].mean()}
+            metrics["truncated"] = samples.truncated[counted].mean()
+            shares = [1 - len(set(found)) / len(found) for found in verdict.completions]
+            metrics["duplicates"] = np.array(shares)[counted].mean()
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result, completions = evaluate(state.params)
+                metrics |= result
+            run.log(step, metrics)
+    common.print_samples("after", questions["prompts"][:4], completions[:4])
+    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    before, after = run.history["held_out/win_rate"][0][1], result["held_out/win_rate"]
+    print(f"win rate against the start {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
+    return result
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
