@@ -93,7 +93,7 @@ def test_llama_factorys_demonstration(shared):
     encode = partial(data.tokenize_labelled, tokenizer, limit=1024, truncate=truncation.drop)
     rows, dropped = data.collect(encode, examples)
     assert len(examples) == 300 and not bad
-    assert len(rows) + dropped.total() == 300 and len(rows) > 250
+    assert len(rows) + dropped.total() == 300 and len(rows) > 200
     batches = list(data.batches(rows, batching.unpaired, batch_size=16, buckets=[256, 512, 1024], epochs=1))
     good = sum(int(batch["desirable"][batch["weights"] > 0].sum()) for batch, _ in batches)
     assert good == sum(row.desirable for row in rows) and abs(good - 150) < 25
