@@ -16,6 +16,7 @@ Do not weigh where `old_logp` already is the sampler's: its ratio would count tw
 import chex
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Float
 
 from alignax import reduce
@@ -176,8 +177,7 @@ def geometric_rejection(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       low, high: the ratios that are kept.
     """
-    ratio = geometric_ratio(old_logp, rollout_logp, mask)
-    return ((mask != 0) & (low <= ratio) & (ratio <= high)).astype(jnp.float32)
+    return (_within(geometric_ratio(old_logp, rollout_logp, mask), low, high) > 0).astype(jnp.float32)
 
 
 def normalised(weights: Float[Array, "B T"], mask: Array, *, mean: Scalar | None = None) -> Float[Array, "B T"]:
@@ -307,4 +307,6 @@ def _row_mean(x: Array, mask: Array) -> Float[Array, "B 1"]:
 
 
 def _within(ratio: Array, low: Scalar, high: Scalar) -> Array:
+    if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not low < high:
+        raise ValueError(f"low={low}, high={high}; expected low < high, a range around 1 of the ratios that are kept")
     return jnp.where((low <= ratio) & (ratio <= high), ratio, 0.0)

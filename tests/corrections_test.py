@@ -144,6 +144,12 @@ def test_effective_sample_size():
     assert corrections.ess(1.0, 1.0) == 1 and corrections.ess(0.0, 0.0) == 0
 
 
+@pytest.mark.parametrize("name", ["masked_is_token", "masked_is_sequence", "icepop", "geometric_rejection"])
+def test_an_empty_range_is_refused(name):
+    with pytest.raises(ValueError, match=r"low=2.0, high=1.5; expected low < high"):
+        getattr(corrections, name)(*sample(), low=2.0, high=1.5)
+
+
 class TestRows(Properties):
     rows = {name: row(name, hyper) for name, hyper in WEIGHTS.items()} | {
         "normalised": Row(
