@@ -96,6 +96,6 @@ def test_llama_factorys_demonstration(shared):
     assert len(rows) + dropped.total() == 300 and len(rows) > 200
     batches = list(data.batches(rows, batching.unpaired, batch_size=16, buckets=[256, 512, 1024], epochs=1))
     good = sum(int(batch["desirable"][batch["weights"] > 0].sum()) for batch, _ in batches)
-    assert good == sum(row.desirable for row in rows) and abs(good - 150) < 25
+    assert good == sum(row.desirable for row in rows) and 100 < good < 150
     own, others = (sum(int(batch[name].sum()) for batch, _ in batches) for name in ("mask", "mismatched_mask"))
     assert 0.9 < others / own <= 1, others / own  # most fit beside another prompt
