@@ -59,13 +59,13 @@ def conjugate_gradient(
 def accept_improvement(
     kl: Array, improvement: Array, expected: Array, max_kl: Scalar, *, kl_slack: Scalar = 1.5
 ) -> Array:
-    """KL <= kl_slack * max_kl and improvement >= 0: OpenAI baselines' rule."""
+    """Acceptance of OpenAI baselines: KL <= kl_slack * max_kl and improvement >= 0."""
     del expected
     return (kl <= kl_slack * max_kl) & (improvement >= 0)
 
 
 def accept_expected(kl: Array, improvement: Array, expected: Array, max_kl: Scalar, *, least: Scalar = 0.1) -> Array:
-    """KL <= max_kl and improvement >= least * what the gradient promises for this step: the textbook's rule."""
+    """Acceptance of the textbook: KL <= max_kl and improvement >= least * what the gradient promises for this step."""
     return (kl <= max_kl) & (improvement >= least * expected)
 
 
@@ -210,7 +210,7 @@ def trpo_step(
 def make_trpo(
     model: Model, *, temperature: Scalar = 1.0, accept: Accept = accept_improvement
 ) -> Callable[..., tuple[Params, dict[str, Array]]]:
-    """Makes `step(params, batch, hyper=None) -> params, info`, pure; jit it.
+    """TRPO, a language model's step: makes `step(params, batch, hyper=None) -> params, info`, pure; jit it.
 
     The batch has tokens, segments, mask, advantages `[B]` or `[B, T]` and weights (a row of weight 0 is left out, any
     other counts once; None: all count), as `alignax.algorithms.grpo.Batch` has, and was sampled from these very

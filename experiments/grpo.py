@@ -6,12 +6,21 @@ A reward is a function `reward(prompts, completions, **columns) -> list[float]`:
 file of your own. It gets the columns of the data (a column may be renamed: `--columns question=prompt`), and
 `truncated`, whether each completion was cut off. Results in the output folder: model/ (a Hugging Face folder),
 metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+
+Any advantage goes with any policy loss, mean and correction. What papers call
+  DAPO      is --mean token --clip-high 0.28 --kl none --filter-groups --overlong-cache 16,
+  Dr. GRPO  is --advantages group_centred --mean constant --kl none,
+  RLOO      is --advantages leave_one_out --policy-loss rloo,
+  GSPO      is --policy-loss gspo --kl none,
+  CISPO     is --policy-loss cispo --mean token --hyper ratio_max 5 --kl none.
 """
 
 import dataclasses
+import inspect
 import pathlib
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import common
 import jax
@@ -20,13 +29,27 @@ import numpy as np
 import rollouts
 import tyro
 
-from alignax import advantages, data, losses, models, reduce, sharding, train
+from alignax import advantages, corrections, data, losses, models, reduce, rewards, sharding, train
 from alignax.algorithms import grpo
 from alignax.io import hf
 from alignax.types import LossFn, Model
 
-ADVANTAGES = {"group_relative": advantages.group_relative, "group_centred": advantages.group_centred}
-KLS = {"none": None, "k2": losses.k2, "k3": losses.k3}
+Advantages = Literal[
+    "group_relative", "group_relative_batch", "group_centred", "leave_one_out", "opo", "reinforce_plus_plus_baseline"
+]
+PolicyLoss = Literal[
+    "ppo_clip", "ppo_penalty", "ppo_hybrid", "reinforce", "reinforce_is_token", "reinforce_is_sequence", "rloo", "gspo",
+    "gspo_token", "cispo", "cispo_range", "gmpo", "sapo", "vespo", "luspo",
+]  # fmt: skip
+Correction = Literal[
+    "none", "truncated_is_token", "truncated_is_sequence", "truncated_is_geometric", "masked_is_token",
+    "masked_is_sequence", "icepop", "geometric_rejection",
+]  # fmt: skip
+KL = Literal["none", "k2", "k3", "k3_straight_through", "absolute"]
+ADVANTAGES: dict[str, Callable] = {name: getattr(advantages, name) for name in get_args(Advantages)}
+POLICY_LOSSES: dict[str, Callable] = {name: getattr(losses, name) for name in get_args(PolicyLoss)}
+CORRECTIONS: dict[str, Callable | None] = {name: getattr(corrections, name, None) for name in get_args(Correction)}
+KLS: dict[str, Callable | None] = {name: getattr(losses, name, None) for name in get_args(KL)}
 SHOW = ("reward", "kl", "length", "held_out/reward")
 CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy", "clip_fraction", "truncated")
 
@@ -69,15 +92,29 @@ class Config:
     """Of sampling, and of the log-probabilities trained on."""
     top_p: float = 1.0
     """Sample only from the most likely tokens that hold this probability."""
-    advantages: Literal["group_relative", "group_centred"] = "group_relative"
-    """Whether rewards are divided by their group's standard deviation (GRPO) or only centred (Dr. GRPO)."""
-    mean: Literal["sequence", "token", "constant"] = "sequence"
-    """Mean over rows of each row's mean (GRPO), over tokens (DAPO), or by the constant max_new_tokens (Dr. GRPO)."""
-    clip_low: float = 0.2
-    """How far below 1 a ratio counts."""
-    clip_high: float = 0.2
-    """How far above 1 a ratio counts."""
-    kl: Literal["none", "k2", "k3"] = "k3"
+    advantages: Advantages = "group_relative"
+    """What a completion's reward is compared with, and divided by: see `alignax.advantages`."""
+    policy_loss: PolicyLoss = "ppo_clip"
+    """What is minimised: see `alignax.losses`, policy_gradient.py and sequence_policy.py."""
+    mean: Literal["sequence", "sequence_sum", "token", "constant"] = "sequence"
+    """Mean over rows of each row's mean (GRPO) or sum, over tokens (DAPO), or by the constant max_new_tokens (Dr.)."""
+    clip_low: float | None = None
+    """How far below 1 a ratio counts; None: as the policy loss was published."""
+    clip_high: float | None = None
+    """How far above 1 a ratio counts; None: as the policy loss was published."""
+    hyper: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Other hyperparameters of the policy loss, and of the correction as correction_NAME: name and value."""
+    correction: Correction = "none"
+    """Weights for what the sampler's arithmetic makes of the policy: see `alignax.corrections`."""
+    filter_groups: bool = False
+    """Leave out groups whose rewards are all equal, also in means and in the KL (DAPO's dynamic sampling)."""
+    overlong_cache: int = 0
+    """Last tokens before max_new_tokens over which a penalty grows from 0 to -1 (DAPO); 0 is none."""
+    off_policy_threshold: float = 0.0
+    """Leave out bad completions whose average log-probability has fallen by more than this; 0 leaves out none."""
+    entropy_weight: float = 0.0
+    """Weight of an entropy bonus; 0 is none."""
+    kl: KL = "k3"
     """Estimator of KL(policy || reference) in the loss; none needs no reference."""
     kl_weight: float = 0.04
     """Its weight (beta)."""
@@ -111,25 +148,86 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
     if config.epochs < 1 or config.minibatches < 1:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
-    least = {"ema_rate": 0, "clip_low": 0, "clip_high": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}
-    common.check_ranges(config, least=least, most={"ema_rate": 1, "clip_low": 1})
+    least = {"ema_rate": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}
+    least |= {name: 0 for name in ("clip_low", "clip_high") if getattr(config, name) is not None}
+    most = {"ema_rate": 1, "overlong_cache": config.max_new_tokens}
+    most |= {"clip_low": 1} if config.clip_low is not None else {}
+    common.check_ranges(
+        config, least=least | {"overlong_cache": 0, "entropy_weight": 0, "off_policy_threshold": 0}, most=most
+    )
     common.check(config, mesh, rows=config.prompts, parts=1)
     common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
+
+
+def hyperparameters(config: Config) -> dict[str, float]:
+    """What the update is told at every call, the policy loss's and the correction's own included.
+
+    Raises:
+      ValueError: for a name that neither has, or a value that one refuses.
+    """
+    loss, correction = POLICY_LOSSES[config.policy_loss], CORRECTIONS[config.correction]
+    clips = {name: getattr(config, name) for name in ("clip_low", "clip_high") if getattr(config, name) is not None}
+    given = config.hyper | clips
+    own = [name for name in keywords(loss) if name != "kl_weight"]  # that name is the reference's
+    of_correction = [f"correction_{name}" for name in keywords(correction)] if correction else []
+    if unknown := sorted(set(given) - {*own, *of_correction}):
+        raise ValueError(
+            f"hyper {unknown}: unknown to --policy-loss {config.policy_loss} and --correction {config.correction}; "
+            f"expected some of {own + of_correction}"
+        )
+    # once with numbers: inside an update they are traced, and nothing could be refused
+    x = -jnp.ones((2, 1))
+    loss(x, x, x, x != 0, **{name: given[name] for name in own if name in given})
+    if correction:
+        correction(x, x, x != 0, **{n.removeprefix("correction_"): given[n] for n in of_correction if n in given})
+    optional = {name: getattr(config, name) for name in ("entropy_weight", "off_policy_threshold")}
+    optional = {name: value for name, value in optional.items() if value}
+    return {"kl_weight": config.kl_weight, "temperature": config.temperature} | optional | given
+
+
+def keywords(function: Callable) -> list[str]:
+    """The hyperparameters of a loss."""
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 def make_loss(config: Config, model: Model) -> LossFn:
     """The loss function that the configuration names."""
     means = {
         "sequence": reduce.sequence_mean,
+        "sequence_sum": reduce.sequence_sum,
         "token": reduce.token_mean,
         "constant": partial(reduce.constant_mean, constant=config.max_new_tokens),
     }
-    return grpo.make_loss(model, kl=KLS[config.kl], mean=means[config.mean])
+    return grpo.make_loss(
+        model,
+        policy_loss=POLICY_LOSSES[config.policy_loss],
+        kl=KLS[config.kl],
+        entropy_weight=config.entropy_weight or None,
+        correction=CORRECTIONS[config.correction],
+        off_policy_threshold=config.off_policy_threshold or None,
+        mean=means[config.mean],
+    )
 
 
-def fraction_without_spread(scores: np.ndarray, counted: np.ndarray, group: int) -> float:
-    """The fraction of the groups whose rewards are all equal, and which teach nothing."""
-    return float((scores.reshape(-1, group).std(axis=1)[counted.reshape(-1, group)[:, 0]] == 0).mean())
+def advantages_of(name: str, grouped: jax.Array, mask: jax.Array) -> jax.Array:
+    """Advantages [R] or [R, T] of rewards [P, G]; some also want the lengths or the mask [R, T] of the rows."""
+    mask = mask.reshape(*grouped.shape, -1)
+    wanted = {"opo": (jnp.sum(mask, axis=2),), "reinforce_plus_plus_baseline": (mask,)}.get(name, ())
+    found = ADVANTAGES[name](grouped, *wanted)
+    return found.reshape(-1, *found.shape[2:])
+
+
+def compare(config: Config, reward: np.ndarray, rows: Any, real: np.ndarray) -> tuple[jax.Array, jax.Array, dict]:
+    """Advantages, weights of the rows, and metrics; what is not `real` only fills up an epoch's last batch."""
+    grouped = jnp.where(real, reward, jnp.nan).reshape(-1, config.group)
+    differ = jnp.repeat(advantages.informative_groups(grouped), config.group)
+    metrics = {"frac_reward_zero_std": 1 - jnp.mean(differ[real])}
+    weights = jnp.asarray(real) & differ if config.filter_groups else jnp.asarray(real)
+    if config.overlong_cache:
+        penalty = rewards.soft_overlong(rows.lengths, max_length=config.max_new_tokens, cache=config.overlong_cache)
+        grouped += penalty.reshape(grouped.shape)
+        metrics["overlong_penalty"] = jnp.mean(penalty[real])
+    return advantages_of(config.advantages, grouped, rows.mask), weights.astype(jnp.float32), metrics
 
 
 def main(config: Config) -> dict[str, float]:
@@ -138,6 +236,7 @@ def main(config: Config) -> dict[str, float]:
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check_counts(config, mesh)
+    hyper = hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
     # one width for all prompts: it is part of the sampler's and the update's compiled shapes
@@ -150,7 +249,6 @@ def main(config: Config) -> dict[str, float]:
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
-    hyper = {name: getattr(config, name) for name in ("kl_weight", "temperature", "clip_low", "clip_high")}
     ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
 
@@ -164,17 +262,18 @@ def main(config: Config) -> dict[str, float]:
             asked, _ = next(stream)
             rows = sampler.sample(state.params, *place((asked["tokens"], asked["lengths"])), sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
-            grouped = jnp.asarray(verdict.reward).reshape(-1, config.group)
             counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
+            advantage, weights, spread = compare(config, verdict.reward, rows, counted)
             rollout = grpo.Batch(
                 rows.tokens,
                 rows.segments,
                 rows.mask,
-                advantages=ADVANTAGES[config.advantages](grouped).reshape(-1),
+                advantage,
                 # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
                 old_logp=None if updates == 1 else sampler.logp(state.params, rows),
                 ref_logp=None if config.kl == "none" else sampler.logp(reference, rows),
-                weights=jnp.asarray(counted, jnp.float32),
+                weights=weights,
+                rollout_logp=None if config.correction == "none" else rows.logp,
             )
             parts = []
             for part in rollouts.passes(order_key, rollout, epochs=config.epochs, minibatches=config.minibatches):
@@ -183,8 +282,7 @@ def main(config: Config) -> dict[str, float]:
             metrics = rollouts.mean_of(parts)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= rollouts.rollout_metrics(rows, verdict, counted)
-            metrics["frac_reward_zero_std"] = fraction_without_spread(verdict.reward, counted, config.group)
+            metrics |= spread | rollouts.rollout_metrics(rows, verdict, counted)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
