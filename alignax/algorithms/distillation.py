@@ -111,14 +111,15 @@ def make_top_k_loss(
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         del frozen
-        if batch.top_logp is None or batch.top_ids is None:
+        logp, ids = batch.top_logp, batch.top_ids
+        if logp is None or ids is None:
             raise ValueError("distillation: a batch without top_logp and top_ids; expected what teacher_top_k returns")
-        chex.assert_equal_shape([batch.top_logp, batch.top_ids])
+        chex.assert_equal_shape([logp, ids])
         batch = blank(batch)
         learned = _predicted(batch.segments, None) & (batch.mask != 0)
         states = _only(_before(model, params, batch.tokens, batch.segments), learned)
         # the answers take the place of a teacher's states; ids are exact in float32 up to 2^24
-        answers = jnp.concatenate([batch.top_logp, batch.top_ids], axis=-1, dtype=jnp.float32)
+        answers = jnp.concatenate([logp, ids], axis=-1, dtype=jnp.float32)
 
         def divergence(logits: Array, answers: Array) -> Array:
             logp, ids = jnp.split(answers, 2, axis=-1)
@@ -193,9 +194,8 @@ def _align(batch: Batch) -> tuple[Array, Array]:
 def _check_aligned(ours: Array, theirs: Array, same: Array, weights: Array | None) -> None:
     if any(isinstance(x, Tracer) for x in (ours, theirs, same, weights)):
         return
-    ours, theirs, same = (np.asarray(x) for x in (ours, theirs, same))
-    counts = ours.sum(1), theirs.sum(1)
-    wrong = (counts[0] != counts[1]) | np.any(ours & ~same, axis=1)
+    counts = np.sum(ours, axis=1), np.sum(theirs, axis=1)
+    wrong = (counts[0] != counts[1]) | np.any(np.asarray(ours & ~same), axis=1)
     for row in np.flatnonzero(wrong if weights is None else wrong & (np.asarray(weights) != 0)):
         raise ValueError(
             f"distillation: row {row} has {counts[0][row]} tokens to learn, the teacher's {counts[1][row]}; expected "
