@@ -158,10 +158,10 @@ def find_preference(name: str) -> rewards.Preference:
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not pathlib.Path(path).is_file():
         raise ValueError(f"--prefer {name}: expected FILE.py:FUNCTION with a file there is")
-    found = runpy.run_path(path).get(function)
-    if not callable(found):
+    found = runpy.run_path(path)
+    if not callable(found.get(function)):
         raise ValueError(f"--prefer {name}: {path} has no function {function!r}")
-    return found
+    return found[function]
 
 
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
@@ -190,38 +190,37 @@ class Verdict(NamedTuple):
     preferences: np.ndarray
 
 
-def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Samples], Verdict]:
-    """Makes `judge(asked, samples) -> Verdict`."""
-    rule = rollouts.rule(config.reward, 1.0) if config.reward else None
-    prefer = None if rule else find_preference(config.prefer)
+def ask(prefer: rewards.Preference, asked: dict, completions: list[list[str]], cut: np.ndarray) -> np.ndarray:
+    """What a preference function says of all pairs of each prompt's completions; cut [B, N]: which were cut off."""
+    rows, count = cut.shape
+    pairs = [(b, i, j) for b in range(rows) for i in range(count) for j in range(i + 1, count)]
+    names = {name: None for row in asked["columns"] for name in row}
+    columns = {name: [asked["columns"][b].get(name) for b, _, _ in pairs] for name in names}
+    first, second = ([completions[pair[0]][pair[side]] for pair in pairs] for side in (1, 2))
+    first_cut, second_cut = ([bool(cut[pair[0], pair[side]]) for pair in pairs] for side in (1, 2))
+    prompts = [asked["prompts"][b] for b, _, _ in pairs]
+    found = rewards.compare(prefer, prompts, first, second, columns, {"truncated": (first_cut, second_cut)})
+    matrix = np.full((rows, count, count), 0.5, np.float32)
+    for (b, i, j), p in zip(pairs, found):
+        matrix[b, i, j], matrix[b, j, i] = p, 1 - p
+    return matrix
 
-    def by_function(asked: dict, completions: list[list[str]], cut: np.ndarray) -> np.ndarray:
-        rows, count = cut.shape
-        pairs = [(b, i, j) for b in range(rows) for i in range(count) for j in range(i + 1, count)]
-        names = {name: None for row in asked["columns"] for name in row}
-        columns = {name: [asked["columns"][b].get(name) for b, _, _ in pairs] for name in names}
-        texts = [[completions[pair[0]][pair[side]] for pair in pairs] for side in (1, 2)]
-        truncated = tuple([bool(cut[pair[0], pair[side]]) for pair in pairs] for side in (1, 2))
-        prompts = [asked["prompts"][b] for b, _, _ in pairs]
-        found = rewards.compare(prefer, prompts, *texts, columns, {"truncated": truncated})
-        matrix = np.full((rows, count, count), 0.5, np.float32)
-        for (b, i, j), p in zip(pairs, found):
-            matrix[b, i, j], matrix[b, j, i] = p, 1 - p
-        return matrix
+
+def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Samples], Verdict]:
+    """Makes `judge(asked, samples) -> Verdict`, of the preference or the reward that the configuration names."""
+    prefer = find_preference(config.prefer) if config.prefer else None
+    summands = [] if prefer else [rollouts.rule(config.reward, 1.0)]
 
     def judge(asked: dict, samples: sampling.Samples) -> Verdict:
         cut = common.to_host(samples.truncated)
         count = cut.shape[1]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
-        if rule:
-            verdict = rollouts.judge([rule], loaded, asked, flat, count)
-            texts, scores = verdict.completions, verdict.reward.reshape(-1, count)
-        else:
-            texts, scores = text.decode(loaded.tokenizer, flat.tokens, flat.mask, eos_ids=loaded.eos_ids), None
+        texts = text.decode(loaded.tokenizer, flat.tokens, flat.mask, eos_ids=loaded.eos_ids)
         completions = [list(texts[i : i + count]) for i in range(0, len(texts), count)]
-        if scores is None:
-            preferences = by_function(asked, completions, cut)
+        if prefer:
+            preferences = ask(prefer, asked, completions, cut)
         else:
+            scores = rollouts.judge(summands, loaded, asked, flat, count).reward.reshape(-1, count)
             preferences = common.to_host(rewards.preference_matrix(jnp.asarray(config.reward_scale * scores)))
         missing = cut.astype(np.float32)
         shift = config.missing_eos_penalty * (missing[:, None, :] - missing[:, :, None])

@@ -51,7 +51,7 @@ def test_order_and_fillers(problem, expected, run):
     assert_same(three_updates(problem, run=run, batch=jax.tree.map(lambda x: x[order], problem.batch)), expected)
     batch, filler = problem.batch, np.arange(ROWS) == 2
     dirty = batch._replace(
-        tokens=np.where(filler[:, None], 10_000, np.where(batch.segments, batch.tokens, 7)).astype(np.int32),
+        tokens=np.where(filler[:, None], 3, np.where(batch.segments, batch.tokens, 7)).astype(np.int32),
         preference=np.where(filler, np.float32(np.nan), batch.preference),
     )
     assert_same(three_updates(problem, run=run, batch=dirty), expected)

@@ -109,9 +109,8 @@ def test_sppo_takes_the_best_and_the_worst_with_their_win_rates():
     batch, _ = batch_of("sppo", matrix, ("policy",) * 3)
     np.testing.assert_array_equal(batch.tokens[:2, :, 0], [[1, 2], [2, 1]])
     rates = matrix.mean(axis=2)
-    np.testing.assert_allclose(
-        batch.extra["win_rate"][:2], [[rates[0, 1], rates[0, 2]], [rates[1, 2], rates[1, 1]]], 1e-6
-    )
+    expected = [[rates[0, 1], rates[0, 2]], [rates[1, 2], rates[1, 1]]]
+    np.testing.assert_allclose(batch.extra["win_rate"][:2], expected, rtol=1e-6)
     np.testing.assert_array_equal(batch.weights, [1, 1, 0, 0])  # nothing to choose between equals
 
 
