@@ -11,14 +11,8 @@ from alignax.types import Array, Scalar
 
 def log1mexp(x: Array) -> Array:
     """log(1 - e^x) for x < 0; above -1e-6 the value of -1e-6 and no gradient, where both would be infinite at 0."""
-    x = jnp.minimum(x.astype(jnp.float32), -1e-6)
-    near = x > -math.log(2)
-    # each branch sees an argument of its own: the other's infinite derivative times 0 would be NaN
-    return jnp.where(
-        near,
-        jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
-        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
-    )
+    x = jnp.minimum(x.astype(jnp.float32), -1e-6)  # there both branches are finite, and their derivatives
+    return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
 def smoothed_logistic(logit: Array, label_smoothing: Scalar, loss: str) -> Array:

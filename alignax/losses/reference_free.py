@@ -53,10 +53,11 @@ def slic_hf(
     check_sides(chosen, rejected)
     target = chosen.sum
     if "target_logp" in chosen.extra:
-        # a response of one token: its floor under -inf and its float32 are those of all others
+        # a response of one token: floored and cast as all others are
         one = chosen.extra["target_logp"][:, None]
-        target = Response(one, None, one == one).sum
-        check_sides(chosen, Response(one, None, one))
+        answer = Response(one, None, one == one)
+        check_sides(chosen, answer)
+        target = answer.sum
     return jax.nn.relu(delta - chosen.sum + rejected.sum) - target_weight * target
 
 

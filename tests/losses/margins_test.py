@@ -69,6 +69,8 @@ def test_what_is_given_is_a_constant_and_its_absence_is_named(loss):
     np.testing.assert_array_equal(gradient, 0.0)
     with pytest.raises(ValueError, match=f"{loss.__name__}.*'{name}'"):
         loss(*two(1.0))
+    with pytest.raises(AssertionError, match="shape"):  # it would be spread over the pairs
+        loss(*two(1.0, **{name: ([0.5], [0.25])}))
     with pytest.raises(ValueError, match=f"{loss.__name__}: beta=0; expected beta > 0"):
         loss(chosen, rejected, beta=0.0)
 

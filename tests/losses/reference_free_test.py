@@ -90,6 +90,9 @@ def test_slic_hf_is_a_scaled_hinge_and_learns_its_target():
     np.testing.assert_allclose(
         losses.slic_hf(chosen, rejected, delta=4.0, target_weight=0.0), 4 * (1 - 0.5 / 4), rtol=1e-6
     )
+    two = [response([-6.0, -7.0]), response([-6.5, -8.0])]
+    with pytest.raises(AssertionError, match="shape"):  # it would be spread over the pairs
+        losses.slic_hf(two[0]._replace(extra=with_target.extra), two[1])
     gradient = jax.grad(lambda t: losses.slic_hf(chosen._replace(extra={"target_logp": t}), rejected).sum())
     np.testing.assert_allclose(gradient(jnp.array([-3.0])), [-0.1], rtol=1e-6)
 
