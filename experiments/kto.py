@@ -153,12 +153,13 @@ def cut_off(batches) -> float:
     return float(1 - mismatched / own)
 
 
-def with_margins(metrics: dict[str, jax.Array]) -> dict[str, float]:
-    """The metrics as floats, with the difference of the classes' rewards where both classes are there."""
+def by_class(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """The metrics as floats: without those of a class that is missing, or with the difference of both rewards."""
     values = {name: float(value) for name, value in common.to_host(metrics).items()}
-    if 0 < values["desirable_fraction"] < 1:
-        values["rewards/margins"] = values["rewards/chosen"] - values["rewards/rejected"]
-    return values
+    absent = {0.0: "/chosen", 1.0: "/rejected"}.get(values["desirable_fraction"])
+    if absent:
+        return {name: value for name, value in values.items() if not name.endswith(absent)}
+    return values | {"rewards/margins": values["rewards/chosen"] - values["rewards/rejected"]}
 
 
 def hyperparameters(config: Config) -> dict[str, float]:
@@ -216,7 +217,7 @@ def main(config: Config) -> dict[str, float]:
         known = hyper  # delta is that of training; kl is that of the held-out rows
         if measure_kl is not None:
             known = hyper | train.merge(measure_kl(state.params, batch, frozen, hyper) for batch in everything)
-        values = with_margins(train.merge(measure(state.params, batch, frozen, known) for batch in everything))
+        values = by_class(train.merge(measure(state.params, batch, frozen, known) for batch in everything))
         names = {"held_out/loss": "loss/rows"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
         return {new: values[old] for new, old in names.items()}
 
@@ -229,7 +230,7 @@ def main(config: Config) -> dict[str, float]:
                 seen += counted
                 hyper["delta_rate"] = counted / seen
             state, metrics = update(state, place(batch), frozen, hyper)
-            metrics = with_margins(metrics)
+            metrics = by_class(metrics)
             if config.loss == "bco":
                 hyper["delta"] = metrics["delta"]
             if step % config.evaluate_every == 0 or step == config.steps:

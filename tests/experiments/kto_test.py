@@ -72,10 +72,12 @@ def test_bco_keeps_the_mean_reward_of_all_rows(tiny_folder, tmp_path):
     assert abs(expected[-1]) > 1e-3
 
 
-def test_a_class_that_is_missing_has_no_margin():
+def test_a_class_that_is_missing_has_no_metrics():
     metrics = {"rewards/chosen": jnp.array(0.5), "rewards/rejected": jnp.array(-0.25)}
-    assert "rewards/margins" not in kto.with_margins(metrics | {"desirable_fraction": jnp.array(1.0)})
-    assert kto.with_margins(metrics | {"desirable_fraction": jnp.array(0.2)})["rewards/margins"] == 0.75
+    alone = {fraction: kto.by_class(metrics | {"desirable_fraction": jnp.array(fraction)}) for fraction in (0.0, 1.0)}
+    assert alone[1.0] == {"rewards/chosen": 0.5, "desirable_fraction": 1}
+    assert alone[0.0] == {"rewards/rejected": -0.25, "desirable_fraction": 0}
+    assert kto.by_class(metrics | {"desirable_fraction": jnp.array(0.2)})["rewards/margins"] == 0.75
 
 
 def test_the_balance_of_the_classes(tiny_folder, capsys):
