@@ -78,11 +78,11 @@ def test_normalised_weights_have_mean_1():
 
 
 def test_off_policy_mask_keeps_good_rows_and_near_ones():
-    logp, mask = jnp.full((4, 2), -1.0), jnp.ones((4, 2)).at[3].set(0)
-    advantages = jnp.array([[1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]])
-    gone = jnp.array([[2.0, 2.0], [2.0, 2.0], [0.1, 0.3], [2.0, 2.0]])  # the last row is empty
+    logp, mask = jnp.full((5, 2), -1.0), jnp.ones((5, 2)).at[4].set(0)
+    advantages = jnp.array([[1.0, 1.0], [0.5, -0.5], [-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]])
+    gone = jnp.array([[2.0, 2.0], [2.0, 2.0], [2.0, 2.0], [0.1, 0.3], [2.0, 2.0]])  # the last row is empty
     kept = corrections.off_policy_mask(logp, logp + gone, advantages, mask, threshold=0.25)
-    np.testing.assert_array_equal(kept, [1, 0, 1, 1])
+    np.testing.assert_array_equal(kept, [1, 1, 0, 1, 1])
     gradient = jax.grad(lambda x: jnp.sum(corrections.off_policy_mask(x, logp, advantages, mask, threshold=0.25)))(logp)
     np.testing.assert_array_equal(gradient, jnp.zeros_like(logp))
 
@@ -134,7 +134,7 @@ def test_mismatch_metrics_equal_a_loop_and_add_up_over_parts():
         if isinstance(value, Max):
             assert max(part[name].value() for part in parts) == value.value()
         else:
-            together = Mean(*(sum(x) for x in zip(*(part[name] for part in parts), strict=True)))
+            together = Mean(*(jnp.sum(jnp.stack(x)) for x in zip(*(part[name] for part in parts), strict=True)))
             np.testing.assert_allclose(together.value(), value.value(), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
