@@ -33,3 +33,9 @@ def deviation(centred: Float[Array, "B N"], there: Bool[Array, "B N"], ddof: Sca
     left = jnp.sum(there, axis=1, keepdims=True, dtype=jnp.float32) - ddof
     total = jnp.sum(centred**2, axis=1, keepdims=True)
     return jnp.sqrt(jnp.where(left > 0, total / jnp.where(left > 0, left, 1.0), 0.0))
+
+
+def divide(centred: Array, spread: Array, eps: Scalar) -> Array:
+    """centred / (spread + eps), and 0 where both are 0."""
+    scale = jnp.broadcast_to(spread + eps, centred.shape)
+    return jnp.where(scale > 0, centred / jnp.where(scale > 0, scale, 1.0), 0.0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Real
 
-from alignax.advantages._spread import centre, check_groups, deviation
+from alignax.advantages._spread import centre, check_groups, deviation, divide
 from alignax.types import Array, Scalar
 
 
@@ -30,7 +30,7 @@ def group_relative(rewards: Float[Array, "B G"], *, eps: Scalar = 1e-4, ddof: Sc
     """
     check_groups(rewards, "group_relative")
     centred, scored = centre(rewards)
-    return jax.lax.stop_gradient(centred / (deviation(centred, scored, ddof) + eps))
+    return jax.lax.stop_gradient(divide(centred, deviation(centred, scored, ddof), eps))
 
 
 def group_relative_batch(rewards: Float[Array, "B G"], *, eps: Scalar = 1e-4, ddof: Scalar = 1) -> Float[Array, "B G"]:
@@ -48,8 +48,8 @@ def group_relative_batch(rewards: Float[Array, "B G"], *, eps: Scalar = 1e-4, dd
       ValueError: for groups of one, which have nothing to compare with.
     """
     check_groups(rewards, "group_relative_batch")
-    spread = deviation(*centre(rewards.reshape(1, -1)), ddof)[0, 0]
-    return jax.lax.stop_gradient(centre(rewards)[0] / (spread + eps))
+    spread = deviation(*centre(rewards.reshape(1, -1)), ddof)
+    return jax.lax.stop_gradient(divide(centre(rewards)[0], spread, eps))
 
 
 def group_centred(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.advantages._spread import centre, check_groups, deviation
+from alignax.advantages._spread import centre, check_groups, deviation, divide
 from alignax.advantages.group import group_relative
 from alignax.types import Array, Scalar
 
@@ -56,7 +56,7 @@ def multi_reward_normalised(
     each = jax.vmap(lambda one: group_relative(one, eps=eps, ddof=ddof), in_axes=2, out_axes=2)(rewards)
     total = jnp.where(scored, jnp.sum(each * weights, axis=2), jnp.nan)
     centred, there = centre(total.reshape(1, -1))
-    return jax.lax.stop_gradient((centred / (deviation(centred, there, ddof) + eps)).reshape(total.shape))
+    return jax.lax.stop_gradient(divide(centred, deviation(centred, there, ddof), eps).reshape(total.shape))
 
 
 def _checked(rewards: Array, weights: Array, name: str) -> tuple[Array, Array, Array]:
