@@ -25,7 +25,7 @@ def test_best_of_n_kl_is_that_of_the_largest_of_n_uniform_numbers():
     for n in (1, 2, 16):
         log_density = math.log(n) + (n - 1) * np.log(u)
         np.testing.assert_allclose(selection.best_of_n_kl(n), np.mean(np.exp(log_density) * log_density), atol=1e-4)
-    with pytest.raises(ValueError, match="n=0.0; expected 1 or more"):
+    with pytest.raises(ValueError, match=r"n=0\.0; expected 1 or more"):
         selection.best_of_n_kl(0)
 
 
