@@ -38,13 +38,6 @@ def geometric_mixture_logits(x, hyper, expected):
     yield jax.nn.softmax(logits), expected["probs"]
 
 
-def ordered(x, wins):
-    """Chosen and rejected, by whether the first one wins."""
-    sums = [np.where(wins, x[name + "_1"], x[name + "_2"]) for name in ("logp", "ref_logp")]
-    others = [np.where(wins, x[name + "_2"], x[name + "_1"]) for name in ("logp", "ref_logp")]
-    return response(*sums), response(*others)
-
-
 def online_ipo_loss(x, hyper, expected):
     preference = np.array(x["pref_prob_1"])
 
@@ -59,11 +52,6 @@ def online_ipo_loss(x, hyper, expected):
     (logp_1,) = floats(x, "logp_1")
     yield total(logp_1), expected["loss"]
     yield jax.grad(total)(logp_1), expected["grad_logp_1"]
-
-
-def online_dpo_loss(x, hyper, expected):
-    wins = np.array(x["scores_1"]) >= np.array(x["scores_2"])
-    yield jnp.mean(losses.dpo(*ordered(x, wins), **hyper)), expected["loss"]
 
 
 def online_dpo_soft_loss(x, hyper, expected):
@@ -164,7 +152,6 @@ ONLINE = {
         nash_md_pg_loss,
         geometric_mixture_logits,
         online_ipo_loss,
-        online_dpo_loss,
         online_dpo_soft_loss,
         xpo_loss,
         nash_md_tabular_step,
