@@ -99,14 +99,21 @@ def make_update(
     return update
 
 
-def make_measure(loss_fn: LossFn) -> Callable[..., dict[str, Mean | Max]]:
+def make_measure(
+    loss_fn: LossFn, *, statistics: Callable[..., dict[str, Mean | Max]] | None = None
+) -> Callable[..., dict[str, Mean | Max]]:
     """Makes `measure(params, batch, frozen=None, hyper=None) -> {name: Mean or Max}`, for held-out rows; jit it.
 
-    It gives the loss function's metrics and its terms as `loss/NAME`, not yet divided: see `merge`.
+    It gives the loss function's metrics and its terms as `loss/NAME`, not yet divided: see `merge`. `statistics` as in
+    `make_update`, here of the rows of one batch.
     """
 
     def measure(params: Params, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
-        terms, metrics = loss_fn(params, batch, frozen, dict(hyper or {}))
+        hyper = dict(hyper or {})
+        if statistics is not None:
+            found = statistics(params, batch, frozen, hyper)
+            hyper |= {name: value.value() for name, value in found.items()}
+        terms, metrics = loss_fn(params, batch, frozen, hyper)
         return dict(metrics) | {f"loss/{name}": term.mean for name, term in terms.items()}
 
     return measure

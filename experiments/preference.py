@@ -1,16 +1,22 @@
 """Learning from preference pairs: a Hugging Face folder and a file of pairs in, the aligned folder out.
 
     python experiments/preference.py --model FOLDER --data pairs.jsonl --output runs/dpo --loss dpo --beta 0.1
+    python experiments/preference.py --model FOLDER --data pairs.jsonl --output runs/simpo --loss simpo --hyper gamma 1
 
-Pairs have the columns prompt, chosen, rejected; the prompt may also be the beginning that both sides share, and all may
-be texts or conversations (`alignax.data.formats`). A side that was cut off when it was sampled gets no EOS: say so in
-the columns chosen_truncated and rejected_truncated. The reference is the model as it was loaded. Results in the output
-folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+`alignax/losses/README.md` has every loss with its formula, `pairwise.OBJECTIVES` their names here. Pairs have the
+columns prompt, chosen, rejected; the prompt may also be the beginning that both sides share, and all may be texts or
+conversations (`alignax.data.formats`). A side that was cut off when it was sampled gets no EOS: say so in
+the columns chosen_truncated and rejected_truncated. Some losses read more columns: odpo `margin`, dpo_soft and ipo_soft
+`preference` (the probability that the chosen side is preferred), the reward-aware RPOs `chosen_reward` and
+`rejected_reward`, sppo `chosen_win_rate` and `rejected_win_rate`, mdpo `degraded_prompt`. The reference is the model as
+it was loaded, unless `--reference` says that it follows. Results in the output folder: model/ (a Hugging Face folder),
+metrics.jsonl, TensorBoard scalars, curves.png, config.json.
 """
 
 import dataclasses
 import itertools
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -18,14 +24,16 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pairwise
 import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import preference
 from alignax.data import truncation
 from alignax.io import hf
+from alignax.types import Model
 
-LOSSES = {"dpo": losses.dpo, "ipo": losses.ipo, "ipo_average": losses.ipo_average}
 TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 SHOW = ("loss", "rewards/accuracies", "held_out/rewards/accuracies")
 CURVES = ("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "held_out/rewards/accuracies")
@@ -41,12 +49,28 @@ class Config:
     """JSONL, JSON or Parquet file, a folder of these, or an id of the hub."""
     output: pathlib.Path
     """New folder for everything that comes out."""
-    loss: Literal["dpo", "ipo", "ipo_average"] = "dpo"
-    """The pairwise loss."""
-    beta: float = 0.1
-    """How strongly the reference holds."""
-    label_smoothing: float = 0.0
-    """For dpo: the probability that a label is wrong."""
+    loss: str = "dpo"
+    """The pairwise loss: dpo, robust_dpo, ipo, hinge, exo_pair, apo_zero, nca_pair, aot, sppo_hard, simpo, orpo, ...
+    (any of `pairwise.OBJECTIVES`; a wrong name lists them)."""
+    beta: float | None = None
+    """How strongly the reference holds; the loss's own default unless given."""
+    hyper: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The loss's other hyperparameters, name and number, such as `label_smoothing 0.1`; its defaults unless given."""
+    nll_weight: float | None = None
+    """Weight of the supervised summand (RPO, CPO, ORPO, MPO); the loss's own unless given, and 0 for none."""
+    divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
+    """What holds the policy to the reference (f-DPO), for losses that are functions of log-ratios."""
+    wpo: bool = False
+    """Weigh each pair by how likely the policy finds it, as if it were on-policy (WPO)."""
+    reference: Literal["fixed", "soft", "hard", "ema", "sdpo"] = "fixed"
+    """fixed; TR-DPO: mixed with the policy (soft) or replaced by it (hard) every `reference_every` updates; mixed at
+    every update (ema); replaced, with a new optimizer state, at each part of the data, in file order (sdpo)."""
+    reference_every: int = 512
+    """Updates between two changes of the reference."""
+    reference_rate: float = 0.6
+    """How far it moves towards the policy, for soft and ema."""
+    stages: int = 2
+    """Parts of the data, for sdpo."""
     steps: int = 200
     """Updates."""
     batch_size: int = 16
@@ -91,49 +115,56 @@ def tokenize(tokenizer, pair: data.Pair, **options) -> data.TokenPair:
     return data.TokenPair(*[bare[side] if cut else ended[side] for side, cut in enumerate(cut_off)])
 
 
-def load_pairs(config: Config, tokenizer) -> tuple[list[data.TokenPair], list[data.TokenPair]]:
-    """Tokenised pairs to train on and pairs held out; prints how many were left out, and why."""
+def load_pairs(config: Config, tokenizer, names: tuple[str, ...]) -> tuple[list, list]:
+    """Tokenised pairs to train on and pairs held out, with the extras of these names; prints what was left out."""
     pairs, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
     if not isinstance(pairs[0] if pairs else None, data.Pair):
         raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
-    encode = partial(tokenize, tokenizer, limit=config.limit, truncate=TRUNCATIONS[config.truncate])
-    rows, unfit = data.collect(encode, pairs, drop=config.drop_bad_rows)
-    return common.hold_out(config, rows, data.summary(rows, bad + unfit))
+    options = {"limit": config.limit, "truncate": TRUNCATIONS[config.truncate]}
+    encode = partial(tokenize, tokenizer, **options)
+
+    def row(pair: data.Pair) -> pairwise.PairRow:
+        degraded = pairwise.read_degraded(encode, pair) if "degraded_logp" in names else None
+        return pairwise.PairRow(encode(pair=pair), pairwise.read_extras(pair, names), degraded)
+
+    rows, unfit = data.collect(row, pairs, drop=config.drop_bad_rows)
+    train_rows, held_out = common.hold_out(config, rows, data.summary(rows, bad + unfit))
+    if config.reference != "sdpo":
+        return train_rows, held_out
+    order = {id(row): number for number, row in enumerate(rows)}
+    return sorted(train_rows, key=lambda row: order[id(row)]), held_out
 
 
-def prompt_of(pair: data.TokenPair) -> np.ndarray:
+def prompt_of(row: pairwise.PairRow) -> np.ndarray:
     """What both completions continue."""
-    return pair.chosen.tokens[: max(1, int(pair.chosen.mask.argmax()))]
+    chosen = row.pair.chosen
+    return chosen.tokens[: max(1, int(chosen.mask.argmax()))]
 
 
-def check_loss(config: Config) -> None:
-    """The loss's hyperparameters reach it traced, where it can refuse nothing."""
-    if config.beta <= 0:
-        raise ValueError(f"beta={config.beta}; expected a number above 0")
-    if config.label_smoothing and (config.loss != "dpo" or not 0 <= config.label_smoothing < 0.5):
-        raise ValueError(
-            f"label_smoothing={config.label_smoothing}; expected 0 to below 0.5, and 0 for any loss but dpo"
-        )
-
-
-def main(config: Config) -> dict[str, float]:
-    """Runs the experiment and returns the last evaluation."""
-    check_loss(config)
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    hyper = {"beta": config.beta} | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {})
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+def check_loss(config: Config, mesh: jax.sharding.Mesh) -> tuple[pairwise.Objective, dict[str, float]]:
+    """The objective and its hyperparameters, which reach it traced, where it can refuse nothing: all is tried here."""
+    objective = pairwise.objective(config.loss, divergence=config.divergence, wpo=config.wpo)
+    hyper = config.hyper | ({} if config.beta is None else {"beta": config.beta})
+    if not hyper.get("beta", 1) > 0:
+        raise ValueError(f"beta={hyper['beta']}; expected a number above 0")
+    pairwise.check_hyper(objective.loss, hyper)
+    pairwise.try_out(objective.loss, hyper)
+    if config.nll_weight is not None and config.nll_weight < 0:
+        raise ValueError(f"nll_weight={config.nll_weight}; expected 0 (none) or more")
+    least = {"reference_every": 1, "reference_rate": 0, "stages": 1}
+    common.check_ranges(config, least=least, most={"reference_rate": 1, "stages": config.steps})
+    if config.reference != "fixed" and not objective.reference:
+        raise ValueError(f"reference={config.reference!r}: {config.loss} has no reference; expected fixed")
+    if config.microbatches > 1 and losses.needs_whole_batch(objective.loss):
+        raise ValueError(f"microbatches={config.microbatches}: {config.loss} compares all pairs of a batch; expected 1")
     common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
-    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    if config.limit > loaded.model.config.max_positions:
-        raise ValueError(
-            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
-        )
-    pairs, held_out = load_pairs(config, loaded.tokenizer)
-    buckets = [config.limit // 4, config.limit // 2, config.limit]
-    batches = partial(data.batches, collate=data.batching.pairs, batch_size=config.batch_size, buckets=buckets)
-    print("training pairs:", data.batching.statistics(pairs, batch_size=config.batch_size, buckets=buckets))
+    weight = objective.nll_weight if config.nll_weight is None else config.nll_weight or None
+    return objective._replace(nll_weight=weight), hyper | pairwise.STILL.get(config.loss, {})
 
-    optimizer = common.make_optimizer(
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """AdamW with the configured schedule."""
+    return common.make_optimizer(
         config.learning_rate,
         steps=config.steps,
         warmup=config.warmup,
@@ -141,11 +172,50 @@ def main(config: Config) -> dict[str, float]:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
+
+
+def make_steps(
+    config: Config, objective: pairwise.Objective, model: Model, optimizer: optax.GradientTransformation
+) -> tuple[Callable, Callable, Callable | None]:
+    """The compiled update and measurement, and what prepares a batch (beta-DPO alone needs it)."""
+    chosen = {"loss": objective.loss, "nll_weight": objective.nll_weight, "reward": objective.reward}
+    loss_fn = preference.make_loss(model, **chosen)
+    statistics = preference.make_statistics(model) if config.loss == "kto_pair" else None
+    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
+    measure = train.make_measure(loss_fn, statistics=statistics)
+    prepare = pairwise.make_dynamic_beta(model) if config.loss == "beta_dpo" else None
+    return jax.jit(update, donate_argnums=0), jax.jit(measure), prepare
+
+
+def stages(config: Config, pairs: list) -> list[tuple[list, int]]:
+    """Each part of the data with its number of updates: one part, but for sDPO."""
+    count = config.stages if config.reference == "sdpo" else 1
+    edges = [round(stage * len(pairs) / count) for stage in range(count + 1)]
+    steps = [round(stage * config.steps / count) for stage in range(count + 1)]
+    return [(pairs[a:b], d - c) for a, b, c, d in zip(edges, edges[1:], steps, steps[1:])]
+
+
+def main(config: Config) -> dict[str, float]:
+    """Runs the experiment and returns the last evaluation."""
+    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
+    objective, hyper = check_loss(config, mesh)
+    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    if config.limit > loaded.model.config.max_positions:
+        raise ValueError(
+            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
+        )
+    pairs, held_out = load_pairs(config, loaded.tokenizer, losses.needed(objective.loss))
+    buckets = [config.limit // 4, config.limit // 2, config.limit]
+    batches = partial(data.batches, collate=pairwise.collate, batch_size=config.batch_size, buckets=buckets)
+    plain = [row.pair for row in pairs]
+    print("training pairs:", data.batching.statistics(plain, batch_size=config.batch_size, buckets=buckets))
+
+    optimizer = make_optimizer(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    frozen = {"reference": loaded.params}
-    loss_fn = preference.make_loss(loaded.model, loss=LOSSES[config.loss])
-    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
-    measure = jax.jit(train.make_measure(loss_fn))
+    frozen = {"reference": loaded.params} if objective.reference else None
+    update, measure, prepare = make_steps(config, objective, loaded.model, optimizer)
+    follow = jax.jit(partial(train.ema_every, **pairwise.schedule(config)))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):
@@ -160,12 +230,22 @@ def main(config: Config) -> dict[str, float]:
     show("before", state.params, state.key)
     with run:
         result = run.log(0, evaluate())
-        for step, (batch, _) in enumerate(itertools.islice(batches(pairs, seed=config.seed), config.steps), start=1):
-            state, metrics = update(state, place(batch), frozen, hyper)
-            if step % config.evaluate_every == 0 or step == config.steps:
-                result = evaluate()
-                metrics |= result
-            run.log(step, metrics)
+        step = 0
+        for stage, (rows, count) in enumerate(stages(config, pairs)):
+            if stage > 0:  # sDPO
+                frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
+                state = state._replace(opt_state=optimizer.init(state.params))
+            for batch, _ in itertools.islice(batches(rows, seed=config.seed), count):
+                step, batch, now = step + 1, place(batch), hyper
+                if prepare is not None:
+                    batch, now = prepare(state, batch, frozen, hyper)
+                state, metrics = update(state, batch, frozen, now)
+                if config.reference in ("soft", "hard", "ema"):
+                    frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
+                if step % config.evaluate_every == 0 or step == config.steps:
+                    result = evaluate()
+                    metrics |= result
+                run.log(step, metrics)
     show("after", state.params, state.key)
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
     result = {name: float(value) for name, value in result.items()}

@@ -9,9 +9,9 @@ from alignax.losses._checks import check_label_smoothing
 from alignax.types import Array, Scalar
 
 
-def log1mexp(x: Array) -> Array:
-    """log(1 - e^x) for x < 0; above -1e-6 the value of -1e-6 and no gradient, where both would be infinite at 0."""
-    x = jnp.minimum(x.astype(jnp.float32), -1e-6)  # there both branches are finite, and their derivatives
+def log1mexp(x: Array, largest: float = -1e-6) -> Array:
+    """log(1 - e^x) for x < 0; above `largest` the value there and no gradient, where both would be infinite at 0."""
+    x = jnp.minimum(x.astype(jnp.float32), largest)  # there both branches are finite, and their derivatives
     return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 

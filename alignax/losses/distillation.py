@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from alignax.losses._checks import check
+from alignax.losses._logistic import log1mexp
 from alignax.losses.divergence import full_kl
 from alignax.types import Array, Scalar
 
@@ -119,8 +120,8 @@ def distill_top_k(
     # from the logits of the rest: 1 - sum(p) would lose its digits where the rest is improbable
     rest = jnp.put_along_axis(logits, ids, NOTHING, axis=-1, inplace=False)
     rest = jax.nn.logsumexp(jnp.maximum(rest, NOTHING), axis=-1, keepdims=True) - normaliser
-    rest = jnp.maximum(rest, _log1mexp(jnp.float32(-LEAST_TAIL)))
-    teacher_rest = _log1mexp(jnp.minimum(jax.nn.logsumexp(teacher, axis=-1, keepdims=True), -LEAST_TAIL))
+    rest = jnp.maximum(rest, log1mexp(jnp.float32(-LEAST_TAIL), -LEAST_TAIL))
+    teacher_rest = log1mexp(jax.nn.logsumexp(teacher, axis=-1, keepdims=True), -LEAST_TAIL)
     teacher = jnp.concatenate([teacher, teacher_rest], axis=-1)
     return _kl(teacher, jnp.concatenate([known, rest], axis=-1))
 
@@ -175,9 +176,3 @@ def _kl(p: Array, q: Array) -> Array:
     possible = p > NOTHING
     p = jnp.where(possible, p, 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(p) * (p - q), 0.0), axis=-1)
-
-
-def _log1mexp(x: Array) -> Array:
-    """log(1 - e^x) of x < 0; each branch sees arguments that are safe for it."""
-    near = x > -math.log(2)
-    return jnp.where(near, jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))), jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))))

@@ -80,12 +80,12 @@ def simpo(
       chosen, rejected: the two sides.
       beta: scale of the reward; 2 to 2.5, 10 for strong models (paper: beta).
       gamma: the target margin, as the paper and TRL have it (paper: gamma).
-      gamma_beta_ratio: gamma / beta, as the authors' code has it: 0.25 there, up to 0.8. Exactly one of the two.
+      gamma_beta_ratio: gamma / beta, as the authors' code has it, in place of gamma; 0.25, its default, without either.
       label_smoothing: probability that a label is wrong, in [0, 0.5).
 
     Raises:
-      ValueError: for a beta known not to be above 0, both or neither of gamma and gamma_beta_ratio, a label_smoothing
-        known to lie outside [0, 0.5).
+      ValueError: for a beta known not to be above 0, both gamma and gamma_beta_ratio, a label_smoothing known
+        to lie outside [0, 0.5).
     """
     check_positive("simpo", beta=beta)
     logit = beta * _average_gap(chosen, rejected) - _target_margin("simpo", beta, gamma, gamma_beta_ratio)
@@ -108,11 +108,10 @@ def simpo_hinge(
     Args:
       chosen, rejected: the two sides.
       beta: scale of the reward (paper: beta).
-      gamma: the target margin (paper: gamma).
-      gamma_beta_ratio: gamma / beta. Exactly one of the two.
+      gamma, gamma_beta_ratio: the target margin, as for `simpo`.
 
     Raises:
-      ValueError: for a beta known not to be above 0, both or neither of gamma and gamma_beta_ratio.
+      ValueError: for a beta known not to be above 0, both gamma and gamma_beta_ratio.
     """
     check_positive("simpo_hinge", beta=beta)
     margin = _target_margin("simpo_hinge", beta, gamma, gamma_beta_ratio)
@@ -168,8 +167,6 @@ def _average_gap(chosen: Response, rejected: Response) -> Float[Array, " B"]:
 
 
 def _target_margin(loss: str, beta: Scalar, gamma: Scalar | None, ratio: Scalar | None) -> Scalar:
-    if gamma is not None and ratio is None:
-        return gamma
-    if ratio is not None and gamma is None:
-        return beta * ratio
-    raise ValueError(f"{loss}: gamma={gamma}, gamma_beta_ratio={ratio}; expected exactly one of the two")
+    if gamma is not None and ratio is not None:
+        raise ValueError(f"{loss}: gamma={gamma}, gamma_beta_ratio={ratio}; expected at most one of the two")
+    return beta * (0.25 if ratio is None else ratio) if gamma is None else gamma

@@ -78,14 +78,21 @@ def test_sft(tiny_folder, tmp_path, capsys):
         sft.main(config)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+OBJECTIVES = {
+    "dpo": {"reference": "soft", "reference_every": 2, "microbatches": 2},
+    "mdpo": {"reference": "sdpo", "bfloat16": True},  # the chosen side after another prompt; a stage each two updates
+    "beta_dpo": {"nll_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize("loss", OBJECTIVES)
 def test_preference(tiny_folder, tmp_path, capsys, loss):
     config = preference.Config(
         model=str(tiny_folder),
-        data=write(tmp_path / "data.jsonl", pairs(20)),
+        data=write(tmp_path / "data.jsonl", [row | {"degraded_prompt": "Well: "} for row in pairs(20)]),
         output=tmp_path / "out",
         loss=loss,
-        bfloat16=loss == "ipo",
+        **OBJECTIVES[loss],
         steps=4,
         batch_size=4,
         limit=40,
@@ -435,9 +442,21 @@ def test_ppo_refuses_a_reward_model_of_other_tokens(tiny_folder, reward_folder, 
         ({"batch_size": 3, "microbatches": 2}, "3 rows do not divide into 2 parts"),
         ({"limit": 4096}, "limit=4096; expected at most 2048, the model's context"),
         ({"limit": 5}, "30 rows read, 0 kept, 30 dropped.*expected at least one row to train on"),
-        ({"label_smoothing": 0.9}, r"label_smoothing=0\.9; expected 0 to below 0\.5"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "and 0 for any loss but dpo"),
+        ({"hyper": {"label_smoothing": 0.9}}, r"label_smoothing=0\.9; expected 0 <= label_smoothing < 0\.5"),
+        (
+            {"loss": "ipo", "hyper": {"label_smoothing": 0.1}},
+            r"hyper=\['label_smoothing'\]: unknown to the loss; expected",
+        ),
         ({"beta": 0.0}, r"beta=0\.0; expected a number above 0"),
+        ({"loss": "dop"}, "loss='dop'; expected one of alphapo, aot"),
+        ({"loss": "simpo", "divergence": "alpha"}, "divergence='alpha': simpo is not a function of log-ratios"),
+        ({"loss": "aot", "wpo": True}, "wpo: aot needs the whole batch"),
+        ({"loss": "aot", "microbatches": 2}, "microbatches=2: aot compares all pairs of a batch"),
+        ({"loss": "orpo", "reference": "soft"}, "reference='soft': orpo has no reference; expected fixed"),
+        ({"nll_weight": -1.0}, r"nll_weight=-1\.0; expected 0"),
+        ({"reference": "soft", "reference_rate": 1.5}, "reference_rate=1.5; expected 1 or less"),
+        ({"loss": "odpo"}, r"data.jsonl:1: wrong margin.*the loss needs a number there"),
+        ({"loss": "mdpo"}, r"data.jsonl:1: wrong degraded_prompt: None; mdpo needs the prompt"),
     ],
 )
 def test_preference_refuses(tiny_folder, tmp_path, change, message):

@@ -17,7 +17,7 @@ from alignax.types import Response
 
 FREE = {name: i for name, i in PAIR.items() if i.differentiable}
 SIMPO = functools.partial(losses.simpo, gamma=0.5)
-RATIO = functools.partial(losses.simpo, gamma_beta_ratio=0.25)
+RATIO = losses.simpo  # 0.25, without either
 HINGE = functools.partial(losses.simpo_hinge, gamma=0.5)
 ALL = (losses.cpo, losses.slic_hf, SIMPO, RATIO, HINGE, losses.alphapo, losses.orpo)
 
@@ -54,11 +54,11 @@ def test_shifts_of_both_sides_do_not_matter(loss):
 
 
 @pytest.mark.parametrize("loss", [losses.simpo, losses.simpo_hinge])
-@pytest.mark.parametrize("margins", [{}, {"gamma": 0.5, "gamma_beta_ratio": 0.25}])
-def test_both_or_neither_form_of_the_margin_is_refused(loss, margins):
+def test_both_forms_of_the_margin_are_refused_and_neither_is_the_authors_ratio(loss):
     same = response([-20.0])
-    with pytest.raises(ValueError, match=rf"{loss.__name__}: gamma=.*gamma_beta_ratio=.*expected exactly one"):
-        loss(same, same, **margins)
+    np.testing.assert_allclose(loss(same, same), loss(same, same, gamma=2.0 * 0.25))
+    with pytest.raises(ValueError, match=rf"{loss.__name__}: gamma=.*gamma_beta_ratio=.*expected at most one"):
+        loss(same, same, gamma=0.5, gamma_beta_ratio=0.25)
 
 
 @pytest.mark.parametrize("loss", [losses.cpo, SIMPO])
