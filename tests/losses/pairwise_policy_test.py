@@ -3,14 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from policies import Rounded, fixed, sample
 from properties import PAIR, Input, Row, device, pairwise, real
 from references import pairwise_policy as references
+from references.toys import chain
 
-from alignax import losses
+from alignax import losses, train
+from alignax.algorithms import preference
 from alignax.losses import needed
-from alignax.types import Response
+from alignax.types import Mean, Response
 
 REWARDS = {f"{side}_reward": Input("B", None, make=real) for side in ("chosen", "rejected")}
 SAMPLED = PAIR | {f"{side}_old_logp": Input(mask=f"{side}_mask") for side in ("chosen", "rejected")} | REWARDS
@@ -104,6 +107,37 @@ def test_what_the_losses_read_beyond_log_probabilities():
 def test_hyperparameters_out_of_range_are_refused(loss, hyper, expected):
     with pytest.raises(ValueError, match=rf"{loss.__name__}: .*expected {expected}"):
         call(loss)(arrays(), **hyper)
+
+
+def count_tokens(params, batch, frozen, hyper):
+    """The statistics of `p3o_separate`: tokens of a pair, over the whole batch."""
+    return {"tokens": Mean(jnp.sum(batch.mask, dtype=jnp.float32), jnp.asarray(float(len(batch.mask))))}
+
+
+@pytest.mark.parametrize("loss, statistics", [(losses.p3o_joint, None), (losses.p3o_separate, count_tokens)])
+def test_it_drops_into_the_algorithm_of_pairs_and_splits(loss, statistics):
+    """Two updates of a Markov chain on pairs that it sampled, in one part and in two."""
+    model, rng = chain(), np.random.default_rng(0)
+    shape = (4, 2, 7)
+    mask = (np.arange(7) >= 2) & (np.arange(7) < rng.integers(4, 8, (4, 2, 1)))
+    extra = {"old_logp": rng.normal(size=shape) - 2, "reward": rng.normal(size=(4, 2))}
+    batch = preference.Batch(
+        *(jnp.asarray(x) for x in (rng.integers(0, 5, shape), np.ones(shape, np.int32), mask, rng.normal(size=shape))),
+        extra={name: jnp.asarray(x, jnp.float32) for name, x in extra.items()},
+    )
+    params, optimizer = model.init(jax.random.key(0)), optax.sgd(0.1)
+
+    def after(parts):
+        loss_fn = preference.make_loss(model, loss=loss)
+        update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=parts, statistics=statistics))
+        state = train.TrainState.create(params, optimizer)
+        for _ in range(2):
+            state, metrics = update(state, batch, None, {"kl_weight": 0.05, "clip": 5.0})
+        return state.params, metrics["loss"]
+
+    for found, expected in zip(after(2), after(1), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(after(1)[0] - params)) > 1e-3
 
 
 class TestRows(Rounded):
