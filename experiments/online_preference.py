@@ -12,6 +12,11 @@ Methods, by who samples: the policy twice (dpo, dpo_soft, ipo, ipo_soft), the ge
 twice (ipo_md), policy and reference (xpo), the policy against that mixture (nash_md) or against an average of its past
 parameters (nash_ema), the policy several times (sppo: the best and the worst by win rate). Results in the output
 folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+
+On a model of stories with 260 thousand parameters, 30 updates of 16 beginnings and 64 new tokens each, with a
+preference for happy words, a learning rate of 1e-4 and no penalty (24 to 33 s of CPU time), the win rate against the
+start, on 32 held-out beginnings, rises from 0.48 to: dpo 0.90, dpo_soft 0.90, ipo 0.69, ipo_soft 0.66, ipo_md 0.70,
+xpo 0.86, nash_md 0.63, nash_ema 0.62; sppo, five samples and an iteration of 10 updates, 0.94.
 """
 
 import collections
