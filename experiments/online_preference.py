@@ -1,6 +1,6 @@
 """Learning from preferences between a policy's own samples: a folder, prompts and a preference in, the folder out.
 
-    python experiments/online_preference.py --model FOLDER --data prompts.jsonl --prefer mine.py:shorter --output runs/dpo
+    python experiments/online_preference.py --model FOLDER --data prompts.jsonl --prefer mine.py:shorter --output runs/a
 
 A preference is a function `prefer(prompts, first, second, **columns) -> list[float]` in a file of your own, the
 probability that the first completion is the better one; or a reward (`--reward`, as for grpo.py) read as Bradley-Terry
