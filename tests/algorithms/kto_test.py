@@ -11,6 +11,7 @@ from problems import ROWS, assert_same, on_one_device, problems, three_updates, 
 
 from alignax import losses, train
 from alignax.algorithms import kto
+from alignax.algorithms._fillers import blank
 from alignax.logprobs import token_logprobs
 from alignax.types import Mean
 
@@ -94,6 +95,8 @@ def test_rows_that_weigh_nothing_change_nothing(problem):
     garbage["mismatched_segments"] = np.where((np.arange(ROWS) == 2)[:, None], 1, batch.mismatched_segments)
     garbage["undesirable_weight"] = np.where(np.arange(ROWS) == 2, np.nan, weight).astype(np.float32)
     garbage["desirable"] = np.where(np.arange(ROWS) == 2, ~batch.desirable, batch.desirable)
+    blanked = jax.jit(blank)(batch._replace(**garbage))  # nor do they take part where a network's rows meet (experts)
+    assert not any(np.any(getattr(blanked, name)[2]) for name in ("mismatched_segments", "undesirable_weight", "mask"))
     run = on_one_device()
     assert_same(
         three_updates(problem, run=run, batch=batch._replace(**garbage)), three_updates(problem, run=run, batch=batch)
