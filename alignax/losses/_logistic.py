@@ -15,6 +15,14 @@ def log1mexp(x: Array, largest: float = -1e-6) -> Array:
     return jnp.where(x > -math.log(2), jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
+def binary_cross_entropy(logit: Array, target: Array | Scalar) -> Array:
+    """-p log sigmoid(z) - (1 - p) log sigmoid(-z), of a target probability p.
+
+    Not softplus(z) - p z, which has no digits left once z is large.
+    """
+    return target * jax.nn.softplus(-logit) + (1 - target) * jax.nn.softplus(logit)
+
+
 def smoothed_logistic(logit: Array, label_smoothing: Scalar, loss: str) -> Array:
     """-(1 - eps) log sigmoid(logit) - eps log sigmoid(-logit).
 
@@ -22,5 +30,4 @@ def smoothed_logistic(logit: Array, label_smoothing: Scalar, loss: str) -> Array
       ValueError: naming the loss, for a label_smoothing known to lie outside [0, 0.5).
     """
     check_label_smoothing(loss, label_smoothing)
-    eps = label_smoothing
-    return -(1 - eps) * jax.nn.log_sigmoid(logit) - eps * jax.nn.log_sigmoid(-logit)
+    return binary_cross_entropy(logit, 1 - label_smoothing)

@@ -6,11 +6,11 @@ sorts and differences are of raw log-probabilities.
 """
 
 import chex
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.losses._checks import check_label_smoothing, check_positive
+from alignax.losses._checks import check_positive
+from alignax.losses._logistic import smoothed_logistic
 from alignax.losses._sides import check_sides, log_ratios
 from alignax.losses.extras import whole_batch
 from alignax.types import Array, Response, Scalar
@@ -80,13 +80,11 @@ def aot_unpaired(
 
 def _dominance(loss: str, upper: Array, lower: Array, beta: Scalar, label_smoothing: Scalar, weights: Array | None):
     check_positive(loss, beta=beta)
-    check_label_smoothing(loss, label_smoothing)
     counts = jnp.ones(upper.shape, bool) if weights is None else weights != 0
     chex.assert_equal_shape([upper, counts])
     # In the order of rows and not of quantiles, so that a mean with the same weights counts the right ones.
     logit = beta * jnp.where(counts, upper - _same_quantile(upper, lower, counts), 0.0)
-    smoothed = (1 - label_smoothing) * jax.nn.softplus(-logit) + label_smoothing * jax.nn.softplus(logit)
-    return jnp.where(counts, smoothed, 0.0)
+    return jnp.where(counts, smoothed_logistic(logit, label_smoothing, loss), 0.0)
 
 
 def _same_quantile(x: Array, other: Array, counts: Array) -> Array:

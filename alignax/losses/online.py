@@ -15,11 +15,11 @@ from jaxtyping import Float
 
 from alignax.losses import _bounded as bounded
 from alignax.losses._checks import check, check_positive
+from alignax.losses._logistic import binary_cross_entropy
 from alignax.losses._sides import Divergence, log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.losses.f_divergence import f_reverse_kl
 from alignax.losses.preference import dpo
-from alignax.returns import discounted_returns
 from alignax.types import Array, Response, Scalar
 
 
@@ -45,7 +45,7 @@ def dpo_soft(
     check_positive("dpo_soft", beta=beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     logit = beta * (x_chosen - x_rejected)
-    return jax.nn.softplus(logit) - _preference(chosen, "dpo_soft") * logit
+    return binary_cross_entropy(logit, _preference(chosen, "dpo_soft"))
 
 
 @needs("preference")
@@ -125,7 +125,7 @@ def nash_md(
     """
     logp, log_ratio = _log_ratio(logp, ref_logp, mask)
     advantage = _probability(preference, logp, "nash_md")[:, None] - 0.5
-    return -(advantage - kl_weight * discounted_returns(log_ratio, mask)) * logp
+    return -(advantage - kl_weight * jax.lax.cumsum(log_ratio, axis=1, reverse=True)) * logp
 
 
 def nash_md_sequence(

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from alignax.losses import _bounded as bounded
 from alignax.losses._checks import check, check_label_smoothing, check_positive
+from alignax.losses._logistic import smoothed_logistic
 from alignax.losses._sides import Divergence, log_ratios
 from alignax.losses.f_divergence import f_reverse_kl
 from alignax.types import Array, Response, Scalar
@@ -45,10 +46,7 @@ def dpo(
     Raises:
       ValueError: for a beta known not to be above 0, a label_smoothing known to lie outside [0, 0.5).
     """
-    check_label_smoothing("dpo", label_smoothing)
-    logit = _logit("dpo", chosen, rejected, beta, divergence)
-    # two softplus and not softplus(z) - (1 - eps) z, which has no digits left once z is large
-    return (1 - label_smoothing) * jax.nn.softplus(-logit) + label_smoothing * jax.nn.softplus(logit)
+    return smoothed_logistic(_logit("dpo", chosen, rejected, beta, divergence), label_smoothing, "dpo")
 
 
 def robust_dpo(

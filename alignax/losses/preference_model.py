@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check
+from alignax.losses._logistic import binary_cross_entropy
 from alignax.types import Array
 
 
@@ -61,4 +62,4 @@ def symmetric_preference_model(
 def _likelihood(loss: str, logit: Array, preference: Array) -> Array:
     check(loss, "preference", preference, lambda x: (x >= 0) & (x <= 1), "0 <= preference <= 1")
     preference = jax.lax.stop_gradient(preference.astype(jnp.float32))
-    return jax.nn.softplus(logit) - preference * logit
+    return binary_cross_entropy(logit, preference)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check
+from alignax.losses._logistic import binary_cross_entropy
 from alignax.types import Array
 
 
@@ -32,4 +33,4 @@ def process_reward(logits: Float[Array, "B T"], labels: Float[Array, "B T"], mas
     logits = jnp.where(chosen, logits.astype(jnp.float32), 0.0)
     labels = jnp.where(chosen, jax.lax.stop_gradient(labels.astype(jnp.float32)), 0.0)
     check("process_reward", "labels", labels, lambda x: (x >= 0) & (x <= 1), "0 <= labels <= 1")
-    return jnp.where(chosen, jax.nn.softplus(logits) - labels * logits, 0.0)
+    return jnp.where(chosen, binary_cross_entropy(logits, labels), 0.0)

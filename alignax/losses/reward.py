@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check
+from alignax.losses._logistic import binary_cross_entropy
 from alignax.types import Array, Scalar
 
 
@@ -48,7 +49,7 @@ def bradley_terry(
     # float32 also where margin or preference is an array of lower precision
     margin, preference = (jnp.asarray(x, jnp.float32) for x in (margin, preference))
     logit = chosen - rejected - margin
-    return jax.nn.softplus(logit) - preference * logit
+    return binary_cross_entropy(logit, preference)
 
 
 def reward_centering(chosen: Float[Array, " B"], rejected: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -138,7 +139,7 @@ def reward_binary(scores: Array, targets: Array, mask: Array | None = None) -> A
     """
     scores, targets = _rated(scores, targets, mask)
     _check_probability("reward_binary", "targets", targets)
-    loss = jax.nn.softplus(scores) - targets * scores
+    loss = binary_cross_entropy(scores, targets)
     return loss if mask is None else jnp.where(mask != 0, loss, 0.0)
 
 
