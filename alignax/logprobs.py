@@ -99,7 +99,7 @@ def score(
         return scores
 
     targets = jnp.roll(tokens, -1, axis=1)
-    chosen = _predicted(segments, parents)
+    chosen = predicted(segments, parents)
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
@@ -168,7 +168,7 @@ def token_values(
     chex.assert_rank([tokens, segments], 2)
     chex.assert_equal_shape([tokens, segments])
     states = model.hidden(params, tokens, segments).states
-    chosen = _predicted(segments, None)
+    chosen = predicted(segments)
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
@@ -195,6 +195,16 @@ def last_score(model: Model, params: Params, tokens: Int[Array, "B T"], segments
     length = jnp.sum((segments != 0).astype(jnp.int32), axis=1)
     last = jnp.take_along_axis(states, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(length > 0, _values(model, params, last), 0.0)
+
+
+def predicted(segments: Array, parents: Array | None = None) -> Array:
+    """True `[B, T]` where a token has a predecessor: the column to its left belongs to its segment, or its parent."""
+    segments = segments.astype(jnp.int32)
+    left = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
+    follows = left == segments
+    if parents is not None:
+        follows |= (left == parents) & (parents != 0)
+    return follows & (segments != 0)
 
 
 def _values(model: Model, params: Params, states: Array) -> Array:
@@ -231,16 +241,6 @@ def _both_scores(logits: Array, ref_logits: Array, targets: Array, want: tuple[s
     if "forward_kl" in want:
         scores["forward_kl"] = full_kl(ref_logits, logits, jnp.ones(targets.shape))
     return scores
-
-
-def _predicted(segments: Array, parents: Array | None) -> Array:
-    """True where a token has a predecessor of its own: the column to its left belongs to its segment, or its parent."""
-    segments = segments.astype(jnp.int32)
-    left = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)))
-    follows = left == segments
-    if parents is not None:
-        follows |= (left == parents) & (parents != 0)
-    return follows & (segments != 0)
 
 
 def _map_columns(head, arrays: tuple[Array, ...], chunk: int) -> dict[str, Array]:

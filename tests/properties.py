@@ -64,7 +64,7 @@ class Row(NamedTuple):
     inputs: dict[str, Input]  # masks are made beside them
     hyper: dict = {}  # noqa: RUF012  values other than the defaults, swept under one compilation
     gradient_of: Callable | None = None  # the reference whose gradient is wanted, where it is another one
-    coupled: bool = False  # rows know of each other (a sort over the batch): order changes nothing but the order
+    coupled: bool = False  # rows know of each other (a sort over the batch); their order still changes nothing else
     rtol: float = 2e-6
 
 
@@ -198,7 +198,8 @@ class Properties:
             return value if at < 0 else np.pad(value, [(0, 3 * (axis == at)) for axis in range(value.ndim)])
 
         (value, gradients), (padded, longer_gradients) = run(x), run({name: longer(name, v) for name, v in x.items()})
-        np.testing.assert_array_equal(padded[:, :length] if padded.ndim > 1 else padded, value)
+        # to an ulp: how a compiler fuses a sum of products depends on their number
+        np.testing.assert_allclose(padded[:, :length] if padded.ndim > 1 else padded, value, rtol=1e-6, atol=1e-7)
         for name, gradient in gradients.items():
             same = longer_gradients[name][:, : gradient.shape[1]] if gradient.ndim > 1 else longer_gradients[name]
             np.testing.assert_allclose(same, gradient, rtol=1e-6, atol=1e-7)
@@ -207,8 +208,8 @@ class Properties:
         x, order = make(row), np.array([2, 0, 3, 1])
         value, gradients = run(x)
         permuted, permuted_gradients = run({name: array[order] for name, array in x.items()})
-        if row.coupled:
-            np.testing.assert_allclose(np.sum(permuted), np.sum(value), rtol=1e-6)
+        if row.coupled:  # sums over rows round differently in another order
+            np.testing.assert_allclose(permuted, value[order], rtol=1e-5, atol=1e-6)
         else:
             np.testing.assert_array_equal(permuted, value[order])
         for name, gradient in gradients.items():
@@ -249,8 +250,11 @@ class Properties:
 
     def test_bad_shapes_are_refused(self, row):
         x = device(make(row))
-        for name in row.inputs:
-            for bad in (x[name][..., :-1], *([x[name][0]] if x[name].ndim > 1 else [])):  # a number may stand for [B]
+        last = [i.axes.split()[-1] for i in row.inputs.values()] + ["T" for i in row.inputs.values() if i.mask]
+        for name, i in row.inputs.items():
+            known = last.count(i.axes.split()[-1]) > 1  # a size that nothing else has may be any
+            # a number may stand for [B]
+            for bad in ([x[name][..., :-1]] if known else []) + ([x[name][0]] if x[name].ndim > 1 else []):
                 with pytest.raises(Exception, match=r"rank|shape|Shape|type"):
                     jax.eval_shape(row.call, {**x, name: bad})
                     pytest.fail(f"{name} of shape {bad.shape} was accepted")  # no Exception, so it gets through

@@ -3,6 +3,12 @@
 The teacher may read other rows than the student, which end in the same tokens. With a context before them, whose effect
 the student learns to have without reading it, this is context distillation. See "A General Language Assistant as a
 Laboratory for Alignment", Askell et al. (https://arxiv.org/abs/2112.00861), section 2.
+
+Recipes:
+  Context distillation: `losses.distill_forward_kl`, teacher rows with the context (https://arxiv.org/abs/2112.00861).
+  The same from a stored top k: `losses.distill_top_k`, `algorithms.distillation.teacher_top_k` (https://arxiv.org/abs/2112.00861).
+  GKD, generalised JSD: `losses.generalised_jsd`, rows partly sampled by the student (https://arxiv.org/abs/2306.13649).
+  MiniLLM's direction: `losses.distill_reverse_kl` (https://arxiv.org/abs/2306.08543).
 """
 
 from collections.abc import Callable
@@ -16,7 +22,7 @@ from jax.core import Tracer
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
-from alignax.logprobs import _predicted, token_divergence
+from alignax.logprobs import predicted, token_divergence
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
 
@@ -116,7 +122,7 @@ def make_top_k_loss(
             raise ValueError("distillation: a batch without top_logp and top_ids; expected what teacher_top_k returns")
         chex.assert_equal_shape([logp, ids])
         batch = blank(batch)
-        learned = _predicted(batch.segments, None) & (batch.mask != 0)
+        learned = predicted(batch.segments) & (batch.mask != 0)
         states = _only(_before(model, params, batch.tokens, batch.segments), learned)
         # the answers take the place of a teacher's states; ids are exact in float32 up to 2^24
         answers = jnp.concatenate([logp, ids], axis=-1, dtype=jnp.float32)
@@ -187,8 +193,8 @@ def _align(batch: Batch) -> tuple[Array, Array]:
     same = place < jnp.sum(theirs, axis=1, keepdims=True)
     same &= jnp.take_along_axis(tokens, columns, axis=1) == batch.tokens
     _check_aligned(ours, theirs, same, batch.weights)
-    heard = jnp.take_along_axis(_predicted(segments, None), columns, axis=1)
-    return columns, ours & same & heard & _predicted(batch.segments, None)
+    heard = jnp.take_along_axis(predicted(segments), columns, axis=1)
+    return columns, ours & same & heard & predicted(batch.segments)
 
 
 def _check_aligned(ours: Array, theirs: Array, same: Array, weights: Array | None) -> None:

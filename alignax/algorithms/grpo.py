@@ -1,10 +1,26 @@
 """Group-relative policy optimisation: PPO's clipped objective, a group's mean reward in place of a critic.
 
 See "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models", Shao et al.
-(https://arxiv.org/abs/2402.03300), eq. 3. Its relatives are other arguments: Dr. GRPO is `advantages.group_centred`
-with `reduce.constant_mean`, DAPO a larger `clip_high` with `reduce.token_mean`, each without KL; GSPO, CISPO and others
-are policy losses, published with the reduction that their docstrings name. `alignax.corrections` makes up for a sampler
-that is not quite the policy.
+(https://arxiv.org/abs/2402.03300), eq. 3. Its relatives are other arguments: any advantage goes with any policy loss
+and any reduction. `alignax.corrections` makes up for a sampler that is not quite the policy.
+
+Recipes:
+  GRPO: `advantages.group_relative`, `losses.ppo_clip`, `losses.k3`, `reduce.sequence_mean` (https://arxiv.org/abs/2402.03300).
+  GRPO, process supervision: `advantages.group_relative_process` (https://arxiv.org/abs/2402.03300).
+  Dr. GRPO: `advantages.group_centred`, `reduce.constant_mean`, no KL (https://arxiv.org/abs/2503.20783).
+  DAPO: clip_high 0.28, `reduce.token_mean`, `advantages.informative_groups` as weights, `rewards.soft_overlong`, no KL (https://arxiv.org/abs/2503.14476).
+  RLOO: `advantages.leave_one_out`, `losses.rloo`, the KL in the reward (https://arxiv.org/abs/2402.14740).
+  ReMax: `advantages.remax`, `losses.reinforce`, `reduce.token_mean` (https://arxiv.org/abs/2310.10505).
+  REINFORCE++: `advantages.reinforce_plus_plus`, `losses.ppo_clip`, `reduce.token_mean` (https://arxiv.org/abs/2501.03262).
+  REINFORCE++ with a baseline: `advantages.reinforce_plus_plus_baseline`, `losses.ppo_clip` (https://arxiv.org/abs/2501.03262).
+  OPO: `advantages.opo`, `losses.reinforce` (https://arxiv.org/abs/2505.23585).
+  GDPO, several rewards: `advantages.multi_reward_normalised` (https://arxiv.org/abs/2601.05242).
+  Lite PPO: `advantages.group_relative_batch`, `losses.ppo_clip`, `reduce.token_mean`, no KL (https://arxiv.org/abs/2508.08221).
+  GSPO: `losses.gspo`, `reduce.sequence_mean`, no KL (https://arxiv.org/abs/2507.18071).
+  CISPO: `losses.cispo`, `reduce.token_mean`, no KL (https://arxiv.org/abs/2506.13585).
+  Decoupled PPO: `losses.ppo_clip`, correction `corrections.truncated_is_token` (https://arxiv.org/abs/2110.00641).
+  Unbiased KL: unbiased_kl, with `losses.k1` or `losses.k3` (https://arxiv.org/abs/2512.02556).
+  High-entropy tokens alone: mask by `reduce.top_entropy` (https://arxiv.org/abs/2506.01939).
 """
 
 from collections.abc import Callable
@@ -65,6 +81,9 @@ def make_loss(
       temperature: the sampler's, at which log-probabilities are taken.
       mean: a reduction of `alignax.reduce`, for all terms.
 
+    Raises:
+      ValueError: for a KL estimator that means nothing in a loss.
+
     Returns:
       `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `hyper` may override `kl_weight`,
       `entropy_weight`, `off_policy_threshold` and `temperature` and holds the policy loss's own hyperparameters, and as
@@ -73,6 +92,7 @@ def make_loss(
       gradient the policy loss took away) and, of a batch with `rollout_logp`, `sampling/NAME` with the names of
       `alignax.corrections.mismatch_metrics` and `sampling/kept_rows` where a threshold is given.
     """
+    _check_kl(kl, unbiased_kl)
     defaults = {
         "kl_weight": kl_weight,
         "temperature": temperature,
@@ -116,6 +136,18 @@ def make_loss(
         return terms, jax.lax.stop_gradient(metrics)
 
     return loss_fn
+
+
+def _check_kl(kl: Callable[..., Array] | None, unbiased_kl: bool) -> None:
+    # of samples of the policy; times the live ratio, k1 has the exact gradient
+    nothing = {losses.absolute: "is no KL", losses.k3_forward: "estimates from samples of the reference"}
+    if not unbiased_kl:
+        nothing[losses.k1] = "has an expected gradient of 0"
+    if kl in nothing:
+        raise ValueError(
+            f"grpo: kl={kl.__name__} {nothing[kl]}, and holds no policy as a loss; expected k2, k3 or "
+            "k3_straight_through here, k1 in the reward (rewards.shaped_rewards), or k1 with unbiased_kl"
+        )
 
 
 def _per_token(advantages: Array, mask: Array) -> Array:

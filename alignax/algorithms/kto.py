@@ -1,4 +1,10 @@
-"""Learning from single answers, each good or bad, against a frozen reference: KTO, BCO, unpaired APO-zero."""
+"""Learning from single answers, each good or bad, against a frozen reference: KTO, BCO, unpaired APO-zero.
+
+Recipes:
+  KTO: `losses.kto`, statistics `algorithms.kto.make_statistics` (https://arxiv.org/abs/2402.01306).
+  BCO: `losses.bco`, the same statistics, weights of `losses.udm_weights` (https://arxiv.org/abs/2404.04656).
+  APO-zero, unpaired: `losses.apo_zero_unpaired` (https://arxiv.org/abs/2408.06266).
+"""
 
 import inspect
 from collections.abc import Callable

@@ -4,6 +4,10 @@ The rows are the policy's; what the opponent said in their place enters only as 
 the geometric mixture of policy and reference as the opponent (`alignax.models.mixture`) it is Nash-MD, with an average
 of the policy's past parameters (`alignax.train.ema`) Nash-EMA. See "Nash Learning from Human Feedback", Munos et al.
 (https://arxiv.org/abs/2312.00886), section 7.
+
+Recipes:
+  Nash-MD: `losses.nash_md`, the opponent sampled from `models.mixture` (https://arxiv.org/abs/2312.00886).
+  Nash-EMA: `losses.nash_md`, the opponent an average of past parameters, `train.ema` (https://arxiv.org/abs/2312.00886).
 """
 
 from collections.abc import Callable

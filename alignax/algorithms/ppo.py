@@ -7,6 +7,14 @@ policy (`make_shared_loss`). The KL to the reference is part of the reward. See 
 Algorithms", Schulman et al. (https://arxiv.org/abs/1707.06347), "Fine-Tuning Language Models from Human Preferences",
 Ziegler et al. (https://arxiv.org/abs/1909.08593), and, for what makes it work, "Is DPO Superior to PPO for LLM
 Alignment? A Comprehensive Study", Xu et al. (https://arxiv.org/abs/2404.10719).
+
+Recipes:
+  PPO, clipped: `losses.ppo_clip`, `losses.value_clip`, `advantages.gae`, `reduce.whiten` (https://arxiv.org/abs/1707.06347).
+  PPO, penalised: `losses.ppo_penalty`, its weight by `controllers.ppo_paper_kl` (https://arxiv.org/abs/1707.06347).
+  PPO, both: `losses.ppo_hybrid` (https://arxiv.org/abs/1707.06347).
+  RLHF: the KL in the reward by `rewards.shaped_rewards`, its weight by `controllers.adaptive_kl` (https://arxiv.org/abs/1909.08593).
+  A2C: `algorithms.ppo.make_shared_loss`, policy_loss `losses.reinforce`, one update a rollout (https://arxiv.org/abs/1602.01783).
+  TRPO: `trpo.make_trpo` for the policy, `losses.value_clip` for the critic (https://arxiv.org/abs/1502.05477).
 """
 
 from collections.abc import Callable

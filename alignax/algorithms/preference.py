@@ -1,8 +1,30 @@
 """Learning from pairs: a chosen and a rejected completion of one prompt, against a frozen reference.
 
-Any pairwise loss drops in, and gets what it names (`alignax.losses.needs`). Losses with a supervised summand are that
-loss with `nll_weight`: RPO is `losses.dpo`, CPO `losses.cpo`, CPO-SimPO `losses.simpo`, ORPO `losses.orpo` and MPO
-`losses.mpo`, each with the weight of its paper.
+Any pairwise loss drops in, and gets what it names (`alignax.losses.needs`).
+
+Recipes:
+  RPO, DPO with an NLL: `losses.dpo`, nll_weight 0.005 to 1 (https://arxiv.org/abs/2405.16436).
+  Iterative RPO: `losses.rpo`, the NLL of each chosen side by its length (https://arxiv.org/abs/2404.19733).
+  ORPO: `losses.orpo`, nll_weight 1, no reference, no SFT before (https://arxiv.org/abs/2403.07691).
+  CPO: `losses.cpo`, nll_weight 1, nll_mean `reduce.sequence_sum`, no reference (https://arxiv.org/abs/2401.08417).
+  CPO-SimPO: `losses.simpo`, nll_weight 0.05, no reference (https://arxiv.org/abs/2405.14734).
+  MPO: `losses.mpo`, nll_weight 1 (https://arxiv.org/abs/2411.10442).
+  Conservative DPO (cDPO): `losses.dpo`, label_smoothing above 0 (https://ericmitchell.ai/cdpo.pdf).
+  f-DPO: any of these losses, divergence `losses.f_alpha` and others (https://arxiv.org/abs/2309.16240).
+  WPO: `losses.wpo` around any of these losses (https://arxiv.org/abs/2406.11827).
+  RSO: `losses.hinge` or `losses.dpo`, pairs from `data.selection.rso_sample` (https://arxiv.org/abs/2309.06657).
+  RS-DPO: `losses.dpo`, pairs from `data.pairing.rs_dpo_pairs` (https://arxiv.org/abs/2402.10038).
+  TR-DPO: any loss, the reference by `train.ema_every`, rate 0.6 (soft) or 1 (hard) (https://arxiv.org/abs/2404.09656).
+  sDPO: `losses.dpo`, the reference and the optimizer renewed at each part of the data (https://arxiv.org/abs/2403.19270).
+  EMA reference: any loss, the reference by `train.ema` after each update (https://arxiv.org/abs/2404.10719).
+  SPIN: `losses.dpo`, rejected sides and reference from the last iterate (https://arxiv.org/abs/2401.01335).
+  BPO: any loss, the policy that sampled as the reference (https://arxiv.org/abs/2406.12168).
+  Online DPO (OAIF): `losses.dpo` or `losses.dpo_soft` on pairs of the policy's own (https://arxiv.org/abs/2402.04792).
+  Online IPO: `losses.ipo` or `losses.ipo_soft` on pairs of the policy's own (https://arxiv.org/abs/2403.08635).
+  IPO-MD: `losses.ipo_soft` on pairs sampled from `models.mixture` (https://arxiv.org/abs/2403.08635).
+  SPPO: `losses.sppo`, win rates by `rewards.win_rates` (https://arxiv.org/abs/2405.00675).
+  Iterated DPO, hybrid batches: `losses.dpo`, weights by `data.selection.hybrid_weights` (https://arxiv.org/abs/2405.07863).
+  P3O: `losses.p3o_joint` on two samples of a prompt, extra `old_logp`, `reward` (https://arxiv.org/abs/2310.00212).
 """
 
 import inspect
@@ -15,7 +37,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
-from alignax.logprobs import score
+from alignax.logprobs import predicted, score
 from alignax.losses.extras import needed, needs_whole_batch
 from alignax.types import Array, LossFn, Mean, Model, Params, Response, Scalar, Term
 
@@ -177,11 +199,6 @@ def pair_metrics(
         if "forward_kl" in side.extra:
             values[f"kl/{name}"] = jnp.sum(jnp.where(side.mask != 0, side.extra["forward_kl"], 0.0), axis=-1)
     return {name: reduce.batch_mean(jax.lax.stop_gradient(x), weights) for name, x in values.items()}
-
-
-def predicted(segments: Array) -> Array:
-    """True at every token of a row but its first, which nothing predicts."""
-    return (segments != 0) & (jnp.arange(segments.shape[-1]) > 0)[None]
 
 
 def _scores(model, params, batch: Batch, want: tuple[str, ...], reference, mask: Array | None) -> dict[str, Array]:

@@ -2,6 +2,13 @@
 
 See "Training language models to follow instructions with human feedback", Ouyang et al.
 (https://arxiv.org/abs/2203.02155), section 3.5.
+
+Recipes:
+  Reward model: `losses.bradley_terry`, preference 1 - eps for labels wrong with probability eps
+    (https://arxiv.org/abs/2203.02155).
+  Llama 2's: margin by rating, scores joined by `rewards.llama2_scores` (https://arxiv.org/abs/2307.09288).
+  Centred scores: `losses.reward_centering`, weight 0.01 (https://arxiv.org/abs/2312.09244).
+  Ensembles: `rewards.ensemble_mean`, `rewards.ensemble_min`, `rewards.ensemble_variance_penalised` (https://arxiv.org/abs/2310.02743).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,12 @@
-"""Supervised fine-tuning: maximum likelihood of the completions."""
+"""Supervised fine-tuning: maximum likelihood of the completions.
+
+Recipes:
+  SFT: `losses.cross_entropy`, `reduce.token_mean` (https://arxiv.org/abs/2203.02155).
+  Label smoothing: `losses.smoothed_cross_entropy` (https://arxiv.org/abs/1512.00567).
+  Rejection sampling, best of n: the samples of `data.selection.best_of_n` or `data.selection.top_k_over_n` (https://arxiv.org/abs/2307.09288).
+  ReST: the samples of `data.selection.rest_filter`, under a rising threshold (https://arxiv.org/abs/2308.08998).
+  Reward-weighted regression: weights by `data.selection.reward_weights` (https://arxiv.org/abs/1910.00177).
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties import Input, Properties, Row, by_position, make, probability, real
+from properties import Input, Properties, Row, by_position, probability, real
 from references import advantages as references
 
 from alignax import advantages, reduce
@@ -34,18 +34,6 @@ class TestRows(Properties):
         references.opo,
         REWARDS | {"lengths": Input("B K", None, make=probability)},
     )
-
-    def test_permutation(self, row, run):
-        """Also rows that know of each other only move with the order; their sum is 0."""
-        x, order = make(row), np.array([2, 0, 3, 1])
-        permuted, _ = run({name: array[order] for name, array in x.items()})
-        np.testing.assert_allclose(permuted, run(x)[0][order], rtol=1e-5, atol=1e-6)
-
-    def test_bad_shapes_are_refused(self, row):
-        if len(row.inputs) > 1:  # a smaller group is a group
-            return super().test_bad_shapes_are_refused(row)
-        with pytest.raises(Exception, match=r"rank|shape|type"):
-            row.call({"rewards": jnp.ones(4)})
 
 
 @pytest.mark.parametrize("name", [*GROUP, "opo"])

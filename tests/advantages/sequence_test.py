@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties import Input, Properties, Row, boolean, by_position, make, real, tokenwise
+from properties import Input, Properties, Row, boolean, by_position, real, tokenwise
 from references import advantages as references
 
 from alignax import advantages
@@ -39,12 +39,6 @@ class TestRows(Properties):
             rtol=1e-5,
         ),
     }
-
-    def test_permutation(self, row, run):
-        """Also rows that know of each other only move with the order; their sum is 0."""
-        x, order = make(row), np.array([2, 0, 3, 1])
-        permuted, _ = run({name: array[order] for name, array in x.items()})
-        np.testing.assert_allclose(permuted, run(x)[0][order], rtol=1e-5, atol=1e-6)
 
     def test_bad_shapes_are_refused(self, row):
         if row.inputs["rewards"].axes == "B T":

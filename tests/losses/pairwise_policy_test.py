@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from policies import Rounded, fixed, sample
-from properties import PAIR, Input, Row, device, pairwise, real
+from policies import fixed, sample
+from properties import PAIR, Input, Properties, Row, device, pairwise, real
 from references import pairwise_policy as references
 from references.toys import chain
 
@@ -140,7 +140,7 @@ def test_it_drops_into_the_algorithm_of_pairs_and_splits(loss, statistics):
     assert np.max(np.abs(after(1)[0] - params)) > 1e-3
 
 
-class TestRows(Rounded):
+class TestRows(Properties):
     rows = {  # noqa: RUF012
         "p3o_joint": row(losses.p3o_joint, {"kl_weight": 0.3, "clip": 1.0, "ratio_clip": 3.0, "scale": 2.0}),
         "p3o_separate": row(losses.p3o_separate, {"kl_weight": 0.3, "clip": 0.5, "ratio_clip": 3.0, "scale": 2.0}),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from policies import POLICY, Rounded, fixed, sample
+from policies import POLICY, fixed, sample
 from properties import LOGP, Input, Properties, Row, device, real, tokenwise
 from references import policy_gradient as references
 
@@ -150,7 +150,7 @@ class TestRows(Properties):
     }
 
 
-class TestA2C(Rounded):
+class TestA2C(Properties):
     rows = {  # noqa: RUF012
         "a2c": Row(
             losses.a2c,
