@@ -8,7 +8,7 @@ import common
 import jax
 import rollouts
 
-from alignax import losses, models, train
+from alignax import losses, models, sharding, train
 from alignax.algorithms import ppo
 from alignax.io import hf
 from alignax.logprobs import last_score, token_values
@@ -18,10 +18,13 @@ States = dict[str, train.TrainState]
 
 
 class Learner(NamedTuple):
-    """Policy and critic: the states to begin with, and what is done with states."""
+    """Policy and critic: the states to begin with, and what is done with states.
+
+    `learn` takes the policy loss's hyperparameters that were moved since, and whether the critic learns alone.
+    """
 
     states: States
-    learn: Callable[..., tuple[States, dict[str, Array]]]  # (states, minibatch, critic_only=False) -> states, metrics
+    learn: Callable[..., tuple[States, dict[str, Array]]]  # (states, minibatch, moved, critic_only) -> states, metrics
     policy: Callable[[States], Params]
     critic: Callable[[States], Params]  # what `values` and `last_values` take
     values: Callable  # (critic, samples) -> values [R, T] of the states before each token
@@ -29,22 +32,34 @@ class Learner(NamedTuple):
     critic_model: Model
 
 
+def make_learner(config: Any, loaded: hf.Loaded, reward: hf.Loaded | None, mesh: jax.sharding.Mesh) -> Learner:
+    """Policy and critic, the critic as the configuration wants it to begin."""
+    if config.critic == "shared":
+        return shared(config, loaded, mesh)
+    if config.critic == "reward_model" and reward is not None:
+        return separate(config, loaded, reward.model, reward.params, mesh)
+    params = models.add_score(loaded.model, loaded.params, jax.random.key(config.seed))
+    return separate(config, loaded, models.with_score(loaded.model), params, mesh)
+
+
 def separate(config: Any, policy: hf.Loaded, critic: Model, critic_params: Params, mesh: jax.sharding.Mesh) -> Learner:
     """A critic that is a network of its own, with an optimizer and a learning rate of its own."""
     optimizer = make_optimizer(config, config.learning_rate)
     critic_optimizer = make_optimizer(config, config.critic_learning_rate)
-    update = compile_update(config, ppo.make_loss(policy.model), optimizer)
+    policy_loss = rollouts.POLICY_LOSSES[config.policy_loss]
+    update = compile_update(config, ppo.make_loss(policy.model, policy_loss=policy_loss), optimizer)
     critic_loss = ppo.make_value_loss(critic, value_loss=value_loss(config))
     update_critic = compile_update(config, critic_loss, critic_optimizer)
     hyper, value_hyper = hyperparameters(config)
     create = partial(common.create_state, mesh=mesh, rules=models.RULES, seed=config.seed)
 
-    def learn(states: States, part: ppo.Batch, critic_only: bool = False):
+    def learn(states: States, part: ppo.Batch, moved: dict[str, Array], critic_only: bool = False):
+        part = sharding.shard_batch(part, mesh)
         critic_state, found = update_critic(states["critic"], part, None, value_hyper)
         metrics = {name if "value" in name else f"critic/{name}": value for name, value in found.items()}
         state = states["policy"]
         if not critic_only:
-            state, found = update(state, part, None, hyper)
+            state, found = update(state, part, None, hyper | moved)
             metrics |= found
         return {"policy": state, "critic": critic_state}, metrics
 
@@ -58,15 +73,17 @@ def shared(config: Any, policy: hf.Loaded, mesh: jax.sharding.Mesh) -> Learner:
     """A policy that is its own critic: one body, one optimizer, one update for both."""
     model = models.with_score(policy.model)
     optimizer = make_optimizer(config, config.learning_rate)
-    loss_fn = ppo.make_shared_loss(model, value_loss=value_loss(config), value_weight=config.value_weight)
+    options = {"policy_loss": rollouts.POLICY_LOSSES[config.policy_loss], "value_loss": value_loss(config)}
+    loss_fn = ppo.make_shared_loss(model, **options, value_weight=config.value_weight)
     update = compile_update(config, loss_fn, optimizer)
     hyper, value_hyper = hyperparameters(config)
     hyper |= {f"value_{name}": value for name, value in value_hyper.items()}
 
-    def learn(states: States, part: ppo.Batch, critic_only: bool = False):
+    def learn(states: States, part: ppo.Batch, moved: dict[str, Array], critic_only: bool = False):
         if critic_only:
             raise ValueError("a shared critic cannot learn alone: its body is the policy's")
-        state, metrics = update(states["shared"], part, None, hyper)
+        part = sharding.shard_batch(part, mesh)
+        state, metrics = update(states["shared"], part, None, hyper | moved)
         return {"shared": state}, metrics
 
     params = models.add_score(policy.model, policy.params, keep_head=True)
@@ -100,7 +117,11 @@ def value_loss(config: Any) -> Callable[..., Array]:
 
 def hyperparameters(config: Any) -> tuple[dict, dict]:
     """What the policy's update and what the critic's is given to trace."""
-    policy = {name: getattr(config, name) for name in ("temperature", "clip_low", "clip_high")}
+    flags = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.penalty_weight is not None:  # a loss without a penalty has no such number
+        flags["kl_weight"] = config.penalty_weight
+    policy = {"temperature": config.temperature}
+    policy |= rollouts.policy_hyper(config.policy_loss, config.hyper, **flags)
     policy |= {"entropy_weight": config.entropy_weight} if config.entropy_weight else {}
     return policy, {"clip": config.value_clip} if config.value_clip else {}
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from alignax import data, sampling, sharding, train
-from alignax.data import text
+from alignax.data import text, truncation
 from alignax.io import hf
 
 Schedule = Literal["constant", "linear", "cosine"]
+Truncate = Literal["keep_start", "keep_end", "drop", "refuse"]
+TRUNCATIONS: dict[str, Callable] = {name: getattr(truncation, name) for name in get_args(Truncate)}
 
 # What is left of the peak learning rate after the fraction p of the decay.
 _DECAYS: dict[Schedule, Callable[[jax.Array], jax.Array]] = {
@@ -109,42 +111,6 @@ def create_state(
     """A train state on the mesh, sharded by the rules; it holds copies, so that `params` can stay the reference."""
     create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules)
     return create(params, jax.random.key(seed))
-
-
-def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> None:
-    """Refuses at once what would fail after minutes, with the folder half written.
-
-    Args:
-      config: a script's Config.
-      mesh: with an axis "data".
-      rows: of one update's batch, before it is split.
-      parts: into how many parts it is split, before each goes over the devices.
-
-    Raises:
-      ValueError: for counts below 1, nothing held out, or rows that do not divide.
-    """
-    for name in ("steps", "evaluate_every", "microbatches"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
-    if not 0 < config.held_out < 1:
-        raise ValueError(f"held_out={config.held_out}; expected a fraction between 0 and 1, for the evaluation")
-    devices = mesh.shape["data"]
-    if rows < 1 or rows % (parts * devices):
-        raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices of the data axis each")
-
-
-def check_ranges(config: Any, *, least: Mapping[Any, float], most: Mapping[Any, float] | None = None) -> None:
-    """Refuses numbers of a Config that are below or above their bound, or none.
-
-    Raises:
-      ValueError: naming the field, what it is and what was expected.
-    """
-    for name, bound in least.items():
-        if not getattr(config, name) >= bound:  # NaN is not
-            raise ValueError(f"{name}={getattr(config, name)}; expected {bound} or more")
-    for name, bound in (most or {}).items():
-        if not getattr(config, name) <= bound:
-            raise ValueError(f"{name}={getattr(config, name)}; expected {bound} or less")
 
 
 def load_policy(folder: str, **options: Any) -> hf.Loaded:

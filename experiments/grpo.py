@@ -16,20 +16,21 @@ Any advantage goes with any policy loss, mean and correction. What papers call
 """
 
 import dataclasses
-import inspect
 import pathlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 import rollouts
 import tyro
+from rollouts import POLICY_LOSSES, PolicyLoss
 
-from alignax import advantages, corrections, data, losses, models, reduce, rewards, sharding, train
+from alignax import advantages, corrections, losses, models, reduce, rewards, sharding, train
 from alignax.algorithms import grpo
 from alignax.io import hf
 from alignax.types import LossFn, Model
@@ -37,17 +38,12 @@ from alignax.types import LossFn, Model
 Advantages = Literal[
     "group_relative", "group_relative_batch", "group_centred", "leave_one_out", "opo", "reinforce_plus_plus_baseline"
 ]
-PolicyLoss = Literal[
-    "ppo_clip", "ppo_penalty", "ppo_hybrid", "reinforce", "reinforce_is_token", "reinforce_is_sequence", "rloo", "gspo",
-    "gspo_token", "cispo", "cispo_range", "gmpo", "sapo", "vespo", "luspo",
-]  # fmt: skip
 Correction = Literal[
     "none", "truncated_is_token", "truncated_is_sequence", "truncated_is_geometric", "masked_is_token",
     "masked_is_sequence", "icepop", "geometric_rejection",
 ]  # fmt: skip
-KL = Literal["none", "k2", "k3", "k3_straight_through", "absolute"]
+KL = Literal["none", "k2", "k3", "k3_straight_through"]
 ADVANTAGES: dict[str, Callable] = {name: getattr(advantages, name) for name in get_args(Advantages)}
-POLICY_LOSSES: dict[str, Callable] = {name: getattr(losses, name) for name in get_args(PolicyLoss)}
 CORRECTIONS: dict[str, Callable | None] = {name: getattr(corrections, name, None) for name in get_args(Correction)}
 KLS: dict[str, Callable | None] = {name: getattr(losses, name, None) for name in get_args(KL)}
 SHOW = ("reward", "kl", "length", "held_out/reward")
@@ -82,7 +78,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     max_prompt_tokens: int = 256
     """Most tokens of a prompt."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
@@ -118,6 +114,8 @@ class Config:
     """Estimator of KL(policy || reference) in the loss; none needs no reference."""
     kl_weight: float = 0.04
     """Its weight (beta)."""
+    unbiased_kl: bool = False
+    """Multiply it by the ratio of new and old policy, whose gradient is then that of the KL (DeepSeek-V3.2); for k3."""
     ema_rate: float = 0.0
     """How far the reference follows the policy after each rollout; 0 keeps it fixed."""
     held_out: float = 0.1
@@ -146,17 +144,16 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after a rollout."""
     if config.group < 2:
         raise ValueError(f"--group {config.group}: a group baseline needs at least 2 completions of each prompt")
+    if config.unbiased_kl and config.kl != "k3":
+        raise ValueError(f"unbiased_kl with --kl {config.kl}; expected k3, which the ratio makes unbiased")
     if config.epochs < 1 or config.minibatches < 1:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
     least = {"ema_rate": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}
-    least |= {name: 0 for name in ("clip_low", "clip_high") if getattr(config, name) is not None}
-    most = {"ema_rate": 1, "overlong_cache": config.max_new_tokens}
-    most |= {"clip_low": 1} if config.clip_low is not None else {}
-    common.check_ranges(
-        config, least=least | {"overlong_cache": 0, "entropy_weight": 0, "off_policy_threshold": 0}, most=most
-    )
-    common.check(config, mesh, rows=config.prompts, parts=1)
-    common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
+    least |= dict.fromkeys(("clip_low", "clip_high", "overlong_cache", "entropy_weight", "off_policy_threshold"), 0)
+    most = {"ema_rate": 1, "clip_low": 1, "overlong_cache": config.max_new_tokens}
+    checks.check_ranges(config, least=least, most=most)
+    checks.check(config, mesh, rows=config.prompts, parts=1)
+    checks.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 
 def hyperparameters(config: Config) -> dict[str, float]:
@@ -165,29 +162,20 @@ def hyperparameters(config: Config) -> dict[str, float]:
     Raises:
       ValueError: for a name that neither has, or a value that one refuses.
     """
-    loss, correction = POLICY_LOSSES[config.policy_loss], CORRECTIONS[config.correction]
-    clips = {name: getattr(config, name) for name in ("clip_low", "clip_high") if getattr(config, name) is not None}
-    given = config.hyper | clips
-    own = [name for name in keywords(loss) if name != "kl_weight"]  # that name is the reference's
-    of_correction = [f"correction_{name}" for name in keywords(correction)] if correction else []
-    if unknown := sorted(set(given) - {*own, *of_correction}):
-        raise ValueError(
-            f"hyper {unknown}: unknown to --policy-loss {config.policy_loss} and --correction {config.correction}; "
-            f"expected some of {own + of_correction}"
-        )
-    # once with numbers: inside an update they are traced, and nothing could be refused
-    x = -jnp.ones((2, 1))
-    loss(x, x, x, x != 0, **{name: given[name] for name in own if name in given})
+    prefix, correction = "correction_", CORRECTIONS[config.correction]
+    of_correction = {name: value for name, value in config.hyper.items() if name.startswith(prefix)}
+    known = [prefix + name for name in checks.keywords(correction)] if correction else []
+    of_correction = checks.merge_hyper(of_correction, {}, known, f"--correction {config.correction}")
     if correction:
-        correction(x, x, x != 0, **{n.removeprefix("correction_"): given[n] for n in of_correction if n in given})
+        x = -jnp.ones((2, 1))
+        correction(x, x, x != 0, **{name.removeprefix(prefix): value for name, value in of_correction.items()})
+    own = {name: value for name, value in config.hyper.items() if not name.startswith(prefix)}
+    if "kl_weight" in own:
+        raise ValueError("hyper kl_weight: the reference's here; expected --kl-weight")
+    own = rollouts.policy_hyper(config.policy_loss, own, clip_low=config.clip_low, clip_high=config.clip_high)
     optional = {name: getattr(config, name) for name in ("entropy_weight", "off_policy_threshold")}
     optional = {name: value for name, value in optional.items() if value}
-    return {"kl_weight": config.kl_weight, "temperature": config.temperature} | optional | given
-
-
-def keywords(function: Callable) -> list[str]:
-    """The hyperparameters of a loss."""
-    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {"kl_weight": config.kl_weight, "temperature": config.temperature} | optional | own | of_correction
 
 
 def make_loss(config: Config, model: Model) -> LossFn:
@@ -202,6 +190,7 @@ def make_loss(config: Config, model: Model) -> LossFn:
         model,
         policy_loss=POLICY_LOSSES[config.policy_loss],
         kl=KLS[config.kl],
+        unbiased_kl=config.unbiased_kl,
         entropy_weight=config.entropy_weight or None,
         correction=CORRECTIONS[config.correction],
         off_policy_threshold=config.off_policy_threshold or None,
@@ -238,10 +227,7 @@ def main(config: Config) -> dict[str, float]:
     check_counts(config, mesh)
     hyper = hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
-    # one width for all prompts: it is part of the sampler's and the update's compiled shapes
-    width = max(prompt.length for prompt in [*prompts, *held_out])
-    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
+    prompts = rollouts.load_prompts(config, loaded)
     updates = config.epochs * config.minibatches  # of one rollout
     schedule = {"steps": config.steps * updates, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
@@ -249,14 +235,14 @@ def main(config: Config) -> dict[str, float]:
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
-    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
 
     result, completions = evaluate(state.params)
     common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
         run.log(0, result)
-        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
         for step in range(1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
             asked, _ = next(stream)

@@ -16,6 +16,7 @@ import warnings
 from functools import partial
 from typing import Literal
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,10 @@ import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import kto
-from alignax.data import truncation
 from alignax.io import hf
 
 LOSSES = {"kto": losses.kto, "bco": losses.bco, "apo_zero_unpaired": losses.apo_zero_unpaired}
 WEIGHTS = {"kto": ("desirable_weight", "undesirable_weight"), "bco": ("undesirable_weight",), "apo_zero_unpaired": ()}
-TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 SHOW = ("loss", "rewards/margins", "held_out/rewards/margins")
 CURVES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "kl", "delta", "held_out/loss")
 CURVES += ("held_out/rewards/margins",)
@@ -64,7 +63,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     limit: int = 512
     """Most tokens of a row, prompt included."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of longer rows; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
@@ -104,7 +103,7 @@ def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenLabelled], list
     rows, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
     if not isinstance(rows[0] if rows else None, data.Example | data.Pair):
         raise ValueError(f"{config.data}: no answers; expected prompt and completion, or messages, and {config.label}")
-    options = {"label": config.label, "limit": config.limit, "truncate": TRUNCATIONS[config.truncate]}
+    options = {"label": config.label, "limit": config.limit, "truncate": common.TRUNCATIONS[config.truncate]}
     found, unfit = data.collect(partial(tokenize, tokenizer, **options), rows, drop=config.drop_bad_rows)
     split = common.hold_out(config, found, data.summary(found, bad + unfit))
     training, held_out = (list(itertools.chain.from_iterable(part)) for part in split)
@@ -128,8 +127,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
             f"batch_size={config.batch_size}; expected at least 2: kto pairs each prompt with another row's answer"
         )
     least = {"desirable_weight": 0, "undesirable_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4}
-    common.check_ranges(config, least=least)
-    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    checks.check_ranges(config, least=least)
+    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
 
 
 def print_balance(config: Config, rows: list[data.TokenLabelled]) -> None:
@@ -186,10 +185,7 @@ def main(config: Config) -> dict[str, float]:
     check(config, mesh)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    if config.limit > loaded.model.config.max_positions:
-        raise ValueError(
-            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
-        )
+    checks.check_context(loaded, "limit", config.limit)
     rows, held_out = load_rows(config, loaded.tokenizer)
     print_balance(config, rows)
     collate = data.batching.unpaired if config.loss == "kto" else data.batching.labelled

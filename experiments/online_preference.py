@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ import numpy as np
 import rollouts
 import tyro
 
-from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
+from alignax import losses, models, reduce, rewards, sampling, sharding, train
 from alignax.algorithms import nash_md, preference
 from alignax.data import text
 from alignax.io import hf
@@ -111,7 +112,7 @@ class Config:
     """Learn also from pairs between which nothing is preferred, in the order they were drawn in."""
     max_prompt_tokens: int = 256
     """Most tokens of a prompt."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
@@ -153,8 +154,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"beta={config.beta}; expected a number above 0")
     least = {"reward_scale": 0, "alpha": 0, "mixture": 0, "ema_rate": 0, "reference_every": 0, "reference_rate": 0}
     least |= {"missing_eos_penalty": 0, "samples": 2, "max_new_tokens": 1, "evaluate_prompts": 1, "temperature": 0.01}
-    common.check_ranges(config, least=least, most={"mixture": 1, "ema_rate": 1, "reference_rate": 1})
-    common.check(config, mesh, rows=config.prompts, parts=config.microbatches)
+    checks.check_ranges(config, least=least, most={"mixture": 1, "ema_rate": 1, "reference_rate": 1})
+    checks.check(config, mesh, rows=config.prompts, parts=config.microbatches)
 
 
 def find_preference(name: str) -> rewards.Preference:
@@ -311,9 +312,7 @@ def main(config: Config) -> dict[str, float]:
     players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     judge, hyper = make_judge(config, loaded), hyperparameters(config)
-    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
-    width = max(prompt.length for prompt in [*prompts, *held_out])  # one for all: it is part of the compiled shapes
-    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
+    prompts = rollouts.load_prompts(config, loaded)
     schedule = {"steps": config.steps, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
@@ -321,14 +320,14 @@ def main(config: Config) -> dict[str, float]:
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     draw, follow = make_draw(config, loaded, players), jax.jit(train.ema)
-    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    questions = prompts.questions()
     evaluate = make_evaluate(config, loaded, judge, questions)
 
     result, completions = evaluate(state.params)
     common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
         run.log(0, result)
-        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
         for step in range(1, config.steps + 1):
             asked, _ = next(stream)
             policies = {"policy": state.params, "reference": reference, "average": average}

@@ -96,19 +96,6 @@ def objective(name: str, *, divergence: str = "reverse_kl", wpo: bool = False) -
     return found._replace(loss=losses.wpo(found.loss)) if wpo else found
 
 
-def check_hyper(loss: Callable, hyper: Mapping[str, float], *others: str) -> dict[str, float]:
-    """The hyperparameters, each a keyword of the loss or one of `others`.
-
-    Raises:
-      ValueError: for a name that is not; whatever the loss itself says of a number out of range comes later.
-    """
-    parameters = inspect.signature(loss).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not callable(p.default)] + list(others)
-    if unknown := set(hyper) - set(known):
-        raise ValueError(f"hyper={sorted(unknown)}: unknown to the loss; expected some of {sorted(known)}")
-    return dict(hyper)
-
-
 def try_out(loss: Callable, hyper: Mapping[str, float]) -> None:
     """Calls the loss once with these numbers: inside an update they are traced, and it could refuse nothing."""
     tokens = jnp.full((2, 1), -1.0)

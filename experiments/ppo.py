@@ -7,6 +7,10 @@ policy's vocabulary), a rule as in grpo.py, or the sum of both with weights. The
 the policy with a new scalar head, or is a second head of the policy. The reference is the model as it was loaded, or an
 average that follows the policy. Results in the output folder: model/ (a Hugging Face folder), critic/ (unless the
 policy is its own), metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+
+Any policy loss will do. Controllers, each off unless it has a target, move the weight of the KL in the reward
+(`--kl-target`), that of the penalty of ppo_penalty and ppo_hybrid, as PPO's paper does (`--penalty-target`), and that
+of the entropy bonus (`--entropy-target`).
 """
 
 import dataclasses
@@ -17,6 +21,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import actor_critic
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -24,13 +29,18 @@ import numpy as np
 import rollouts
 import tyro
 from actor_critic import Learner, States
+from rollouts import POLICY_LOSSES, PolicyLoss
 
-from alignax import controllers, data, losses, models, moments, reduce, rewards, sampling, sharding, train
+from alignax import controllers, losses, moments, reduce, rewards, sampling, sharding, train
 from alignax.algorithms import ppo
 from alignax.io import hf
 from alignax.types import Params
 
 KLS = {"k1": losses.k1, "k2": losses.k2, "k3": losses.k3}
+MOVED = {
+    "penalty_weight": "kl_weight",
+    "entropy_weight": "entropy_weight",
+}  # what controllers move, by the loss's names
 SHOW = ("reward", "objective/kl", "length", "held_out/reward")
 CURVES = ("reward", "held_out/reward", "held_out/kl", "objective/kl", "kl_coef", "length", "entropy", "clip_fraction")
 CURVES += ("approx_kl", "loss/value", "values/explained_variance", "truncated")
@@ -72,7 +82,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     max_prompt_tokens: int = 256
     """Most tokens of a prompt."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of longer prompts; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
@@ -109,16 +119,29 @@ class Config:
     """Normalise the advantages over all tokens of a rollout."""
     value_normalisation: bool = False
     """The critic predicts returns in units of their running mean and deviation."""
-    clip_low: float = 0.2
-    """How far below 1 a ratio counts."""
-    clip_high: float = 0.2
-    """How far above 1 a ratio counts."""
+    policy_loss: PolicyLoss = "ppo_clip"
+    """What the policy minimises: see `alignax.losses`, policy_gradient.py and sequence_policy.py."""
+    clip_low: float | None = None
+    """How far below 1 a ratio counts; None: as the policy loss was published."""
+    clip_high: float | None = None
+    """How far above 1 a ratio counts; None: as the policy loss was published."""
+    hyper: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Other hyperparameters of the policy loss, name and value, such as `dual_clip 3`."""
+    penalty_weight: float | None = None
+    """Of the KL to the policy that sampled, for ppo_penalty and ppo_hybrid, or the first one; None: 1."""
+    penalty_target: float = 0.0
+    """Halve or double that weight to keep this KL per token after the updates of a rollout; 0 keeps the weight."""
     value_clip: float = 0.2
     """How far a value may move from the rollout's and still count; 0 does not clip."""
     value_weight: float = 0.1
     """Of the value loss where critic is shared."""
     entropy_weight: float = 0.0
-    """Of the entropy bonus."""
+    """Of the entropy bonus, or the first one."""
+    entropy_target: float = 0.0
+    """Raise that weight while a rollout's entropy per token is at most this, else lower it and leave the bonus out; 0
+    keeps the weight."""
+    entropy_step: float = 0.005
+    """By how much, after each rollout."""
     target_kl: float = 0.0
     """End the passes over a rollout, the critic's too, once the KL between old and new policy, per token and before an
     update, is above 1.5 times this; 0 does not look."""
@@ -163,32 +186,28 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("--critic shared has no critic_warmup: its body is the policy's; choose policy")
     if config.kl_target and not config.kl_coef:
         raise ValueError("kl_target needs a kl_coef above 0, which it multiplies")
-    if config.target_kl and config.epochs * config.minibatches == 1:
+    if config.penalty_target and not config.penalty_weight:
+        raise ValueError("penalty_target needs a penalty_weight above 0, which it multiplies")
+    if config.penalty_weight is not None and "kl_weight" not in checks.keywords(POLICY_LOSSES[config.policy_loss]):
+        raise ValueError(f"penalty_weight: {config.policy_loss} has no penalty; expected ppo_penalty or ppo_hybrid")
+    if (config.target_kl or config.penalty_weight is not None) and config.epochs * config.minibatches == 1:
         raise ValueError(
-            "target_kl looks at the policy before each update but the first; a rollout has only one update"
+            "target_kl and penalty_weight look at the policy before each update but the first; a rollout has only one"
         )
     at_least_one = ("group", "epochs", "minibatches", "evaluate_prompts", "max_new_tokens", "kl_horizon")
     at_least_zero = ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight")
     at_least_zero += ("clip_low", "clip_high", "gamma", "lambda_", "ema_rate", "missing_eos_penalty", "max_grad_norm")
-    at_least_zero += ("entropy_weight", "learning_rate", "critic_learning_rate", "temperature")
+    at_least_zero += ("entropy_weight", "entropy_target", "penalty_weight", "penalty_target")
     at_most_one = ("clip_low", "gamma", "lambda_", "ema_rate")
     most = dict.fromkeys(at_most_one, 1) | {"critic_warmup": config.steps - 1}
-    common.check_ranges(config, least=dict.fromkeys(at_least_one, 1) | dict.fromkeys(at_least_zero, 0), most=most)
-    for name in ("learning_rate", "critic_learning_rate", "temperature"):
+    most |= {"entropy_weight": 1} if config.entropy_target else {}  # where the controller ends
+    checks.check_ranges(config, least=dict.fromkeys(at_least_one, 1) | dict.fromkeys(at_least_zero, 0), most=most)
+    for name in ("learning_rate", "critic_learning_rate", "temperature", "entropy_step"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected a number above 0")
-    common.check(config, mesh, rows=config.prompts, parts=1)
-    common.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
-
-
-def make_learner(config: Config, loaded: hf.Loaded, reward: hf.Loaded | None, mesh: jax.sharding.Mesh) -> Learner:
-    """Policy and critic, the critic as the configuration wants it to begin."""
-    if config.critic == "shared":
-        return actor_critic.shared(config, loaded, mesh)
-    if config.critic == "reward_model" and reward is not None:
-        return actor_critic.separate(config, loaded, reward.model, reward.params, mesh)
-    params = models.add_score(loaded.model, loaded.params, jax.random.key(config.seed))
-    return actor_critic.separate(config, loaded, models.with_score(loaded.model), params, mesh)
+    actor_critic.hyperparameters(config)
+    checks.check(config, mesh, rows=config.prompts, parts=1)
+    checks.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 
 def make_scale(config: Config) -> Callable[..., tuple[jax.Array, moments.Moments]]:
@@ -215,8 +234,16 @@ class Kept(NamedTuple):
 
     reference: Params
     kl_coef: jax.Array
+    penalty: jax.Array  # the weight of the policy loss's KL
+    bonus: jax.Array  # the weight of the entropy, wherever it counts
     scores: moments.Moments
     values: moments.ValueNorm
+
+
+def start(config: Config, reference: Params) -> Kept:
+    """What is kept before the first rollout."""
+    kl_coef, penalty, bonus = map(jnp.float32, (config.kl_coef, config.penalty_weight or 0.0, config.entropy_weight))
+    return Kept(reference, kl_coef, penalty, bonus, moments.Moments.init(), moments.ValueNorm.init())
 
 
 def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) -> Callable[..., tuple]:
@@ -249,19 +276,39 @@ def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) ->
         if config.value_normalisation:
             norm = moments.value_norm_update(norm, batch.returns, batch.mask)
             batch = batch._replace(old_values=raw, returns=moments.normalise(norm, batch.returns))
-        return batch, metrics | {"kl_coef": kept.kl_coef}, kept._replace(scores=seen, values=norm)
+        metrics["kl_coef"] = kept.kl_coef
+        if config.penalty_target:
+            metrics["penalty_weight"] = kept.penalty
+        if config.entropy_target:  # the bonus counts only where there is too little entropy
+            metrics["entropy/before"] = entropy = reduce.token_mean(-batch.old_logp, batch.mask).value()
+            metrics["entropy_weight"] = kept.bonus * (entropy <= config.entropy_target)
+        return batch, metrics, kept._replace(scores=seen, values=norm)
 
     return collect
 
 
-def adapt(config: Config, kept: Kept, policy: Params, kl: jax.Array, count: jax.Array, follow: Callable) -> Kept:
-    """What follows the policy once it has learned from a rollout: the weight of the KL and the reference."""
-    if config.kl_target:
-        control = partial(controllers.adaptive_kl, target=config.kl_target, horizon=config.kl_horizon, count=count)
-        kept = kept._replace(kl_coef=control(kept.kl_coef, kl))
-    if config.ema_rate:
-        kept = kept._replace(reference=follow(kept.reference, policy, rate=config.ema_rate))
-    return kept
+def make_adapt(config: Config, sampler: rollouts.Sampler) -> Callable[..., tuple[Kept, dict[str, jax.Array]]]:
+    """Makes `adapt(kept, policy, rows, batch, said) -> (kept, metrics)`: what follows a policy that has learned."""
+    follow = jax.jit(train.ema)
+
+    def adapt(kept: Kept, policy: Params, rows: sampling.Samples, batch: ppo.Batch, said: dict[str, jax.Array]):
+        metrics = {}
+        if config.kl_target:
+            options = {"horizon": config.kl_horizon, "count": jnp.sum(jnp.any(batch.mask, axis=1))}
+            kl_coef = controllers.adaptive_kl(kept.kl_coef, said["objective/kl"], target=config.kl_target, **options)
+            kept = kept._replace(kl_coef=kl_coef)
+        if config.penalty_target:
+            moved = losses.k3(batch.old_logp, sampler.logp(policy, rows), batch.mask)  # of samples of the old policy
+            kl = metrics["approx_kl/after"] = reduce.token_mean(moved, batch.mask).value()
+            kept = kept._replace(penalty=controllers.ppo_paper_kl(kept.penalty, kl, target=config.penalty_target))
+        if config.entropy_target:
+            options = {"target": config.entropy_target, "step": config.entropy_step}
+            kept = kept._replace(bonus=controllers.adaptive_entropy(kept.bonus, said["entropy/before"], **options))
+        if config.ema_rate:
+            kept = kept._replace(reference=follow(kept.reference, policy, rate=config.ema_rate))
+        return kept, metrics
+
+    return adapt
 
 
 def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, kept: Kept) -> None:
@@ -274,23 +321,14 @@ def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, ke
         (config.output / "value_norm.json").write_text(json.dumps(units) + "\n")
 
 
-def check_context(length: int, networks: dict[str, hf.Loaded | None]) -> None:
-    """Refuses rows longer than a network was made for."""
-    for name, loaded in networks.items():
-        if loaded is not None and length > loaded.model.config.max_positions:
-            raise ValueError(
-                f"a prompt and max_new_tokens are up to {length} tokens; expected at most "
-                f"{loaded.model.config.max_positions}, the context of the {name}"
-            )
-
-
 def learn_from(
-    config: Config, learner: Learner, states: States, batch: ppo.Batch, key: jax.Array, mesh, *, critic_only: bool
+    config: Config, learner: Learner, states: States, batch: ppo.Batch, said: dict, key: jax.Array, critic_only: bool
 ) -> tuple[States, dict[str, jax.Array]]:
     """Several passes over a rollout, each in a new order; ends early once the policy has moved too far."""
+    moved = {own: said[name] for name, own in MOVED.items() if name in said}
     parts = []
     for part in rollouts.passes(key, batch, epochs=config.epochs, minibatches=config.minibatches):
-        states, metrics = learner.learn(states, sharding.shard_batch(part, mesh), critic_only)
+        states, metrics = learner.learn(states, part, moved, critic_only)
         parts.append(metrics)
         if config.target_kl and not critic_only and float(metrics["approx_kl"]) > 1.5 * config.target_kl:
             break
@@ -312,23 +350,19 @@ def main(config: Config) -> dict[str, float]:
         reward, summands = found[0], [found[1]]
     if config.reward:
         summands.append(rollouts.rule(config.reward, config.reward_weight))
-    prompts, held_out = rollouts.load_prompts(config, loaded.tokenizer)
-    # one width for all prompts: it is part of the sampler's and the updates' compiled shapes
-    width = max(prompt.length for prompt in [*prompts, *held_out])
-    check_context(width + config.max_new_tokens, {"policy": loaded, "reward model": reward})
-    batches = partial(data.batches, collate=data.batching.prompts, buckets=[width])
-    sampler, learner = rollouts.make_sampler(config, loaded), make_learner(config, loaded, reward, mesh)
-    collect, follow = make_collect(config, sampler, learner), jax.jit(train.ema)
-    kept = Kept(loaded.params, jnp.float32(config.kl_coef), moments.Moments.init(), moments.ValueNorm.init())
+    prompts = rollouts.load_prompts(config, loaded, *([reward] if reward else []))
+    sampler, learner = rollouts.make_sampler(config, loaded), actor_critic.make_learner(config, loaded, reward, mesh)
+    collect, adapt = make_collect(config, sampler, learner), make_adapt(config, sampler)
+    kept = start(config, loaded.params)
     states, key = learner.states, jax.random.key(config.seed)
-    ((questions, _),) = batches(held_out, batch_size=len(held_out), seed=None, epochs=1)
+    questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
 
     result, completions = evaluate(learner.policy(states))
     common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
         run.log(0, result)
-        stream = batches(prompts, batch_size=config.prompts, seed=config.seed)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
         for step in range(1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(key, step))
             asked, _ = next(stream)
@@ -338,10 +372,11 @@ def main(config: Config) -> dict[str, float]:
             weights = jnp.repeat(jnp.asarray(asked["weights"]), config.group)  # 0 where rows fill an epoch's last batch
             batch, said, kept = collect(states, kept, rows, jnp.asarray(verdict.reward), weights)
             only = step <= config.critic_warmup
-            states, metrics = learn_from(config, learner, states, batch, order_key, mesh, critic_only=only)
+            states, metrics = learn_from(config, learner, states, batch, said, order_key, only)
             metrics |= said | rollouts.rollout_metrics(rows, verdict, np.asarray(weights) > 0)
             if not only:
-                kept = adapt(config, kept, learner.policy(states), said["objective/kl"], jnp.sum(weights), follow)
+                kept, seen = adapt(kept, learner.policy(states), rows, batch, said)
+                metrics |= seen
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(learner.policy(states))
                 metrics |= result

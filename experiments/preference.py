@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,9 @@ import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import preference
-from alignax.data import truncation
 from alignax.io import hf
 from alignax.types import Model
 
-TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 SHOW = ("loss", "rewards/accuracies", "held_out/rewards/accuracies")
 CURVES = ("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "held_out/rewards/accuracies")
 
@@ -79,7 +78,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     limit: int = 512
     """Most tokens of one side, prompt included."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of pairs with a longer side; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out pairs that cannot be used, and count them; otherwise the first one is an error."""
@@ -120,7 +119,7 @@ def load_pairs(config: Config, tokenizer, names: tuple[str, ...]) -> tuple[list,
     pairs, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
     if not isinstance(pairs[0] if pairs else None, data.Pair):
         raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
-    options = {"limit": config.limit, "truncate": TRUNCATIONS[config.truncate]}
+    options = {"limit": config.limit, "truncate": common.TRUNCATIONS[config.truncate]}
     encode = partial(tokenize, tokenizer, **options)
 
     def row(pair: data.Pair) -> pairwise.PairRow:
@@ -144,20 +143,20 @@ def prompt_of(row: pairwise.PairRow) -> np.ndarray:
 def check_loss(config: Config, mesh: jax.sharding.Mesh) -> tuple[pairwise.Objective, dict[str, float]]:
     """The objective and its hyperparameters, which reach it traced, where it can refuse nothing: all is tried here."""
     objective = pairwise.objective(config.loss, divergence=config.divergence, wpo=config.wpo)
-    hyper = config.hyper | ({} if config.beta is None else {"beta": config.beta})
+    known = checks.keywords(objective.loss)
+    hyper = checks.merge_hyper(config.hyper, {"beta": config.beta}, known, f"--loss {config.loss}")
     if not hyper.get("beta", 1) > 0:
         raise ValueError(f"beta={hyper['beta']}; expected a number above 0")
-    pairwise.check_hyper(objective.loss, hyper)
     pairwise.try_out(objective.loss, hyper)
     if config.nll_weight is not None and config.nll_weight < 0:
         raise ValueError(f"nll_weight={config.nll_weight}; expected 0 (none) or more")
     least = {"reference_every": 1, "reference_rate": 0, "stages": 1}
-    common.check_ranges(config, least=least, most={"reference_rate": 1, "stages": config.steps})
+    checks.check_ranges(config, least=least, most={"reference_rate": 1, "stages": config.steps})
     if config.reference != "fixed" and not objective.reference:
         raise ValueError(f"reference={config.reference!r}: {config.loss} has no reference; expected fixed")
     if config.microbatches > 1 and losses.needs_whole_batch(objective.loss):
         raise ValueError(f"microbatches={config.microbatches}: {config.loss} compares all pairs of a batch; expected 1")
-    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     weight = objective.nll_weight if config.nll_weight is None else config.nll_weight or None
     return objective._replace(nll_weight=weight), hyper | pairwise.STILL.get(config.loss, {})
 
@@ -201,10 +200,7 @@ def main(config: Config) -> dict[str, float]:
     objective, hyper = check_loss(config, mesh)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    if config.limit > loaded.model.config.max_positions:
-        raise ValueError(
-            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
-        )
+    checks.check_context(loaded, "limit", config.limit)
     pairs, held_out = load_pairs(config, loaded.tokenizer, losses.needed(objective.loss))
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=pairwise.collate, batch_size=config.batch_size, buckets=buckets)

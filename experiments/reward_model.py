@@ -12,8 +12,9 @@ import dataclasses
 import itertools
 import pathlib
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     limit: int = 512
     """Most tokens of one side, prompt included."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of pairs with a longer side; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out pairs that cannot be used, and count them; otherwise the first one is an error."""
@@ -125,7 +126,7 @@ def load_pairs(config: Config, tokenizer) -> tuple[list[Ranked], list[Ranked]]:
     pairs, bad = data.parse(data.read(config.data), drop=config.drop_bad_rows)
     if not isinstance(pairs[0] if pairs else None, data.Pair):
         raise ValueError(f"{config.data}: no preference pairs; expected columns chosen and rejected, and maybe prompt")
-    options = {"limit": config.limit, "truncate": preference.TRUNCATIONS[config.truncate]}
+    options = {"limit": config.limit, "truncate": common.TRUNCATIONS[config.truncate]}
     encode = partial(rank, tokenizer, preferred=1.0 - config.label_smoothing, **options)
     rows, unfit = data.collect(encode, pairs, drop=config.drop_bad_rows)
     return common.hold_out(config, rows, data.summary(rows, bad + unfit))
@@ -144,8 +145,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after minutes."""
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={config.label_smoothing}; expected 0 to below 0.5")
-    common.check_ranges(config, least={"centering_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4})
-    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    checks.check_ranges(config, least={"centering_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4})
+    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -154,10 +155,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     loaded = load_scored(config, mesh)
-    if config.limit > loaded.model.config.max_positions:
-        raise ValueError(
-            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
-        )
+    checks.check_context(loaded, "limit", config.limit)
     pairs, held_out = load_pairs(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=collate, batch_size=config.batch_size, buckets=buckets)

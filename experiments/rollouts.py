@@ -6,23 +6,28 @@ completions, **columns) -> list[float]`, or a learned model, which reads the tok
 
 import pathlib
 import runpy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import data, reduce, rewards, sampling, train
-from alignax.data import text, truncation
+from alignax import data, losses, reduce, rewards, sampling, train
+from alignax.data import text
 from alignax.io import hf
 from alignax.logprobs import last_score, token_logprobs
 from alignax.types import Params
 
+PolicyLoss = Literal[
+    "ppo_clip", "ppo_penalty", "ppo_hybrid", "reinforce", "reinforce_is_token", "reinforce_is_sequence", "rloo", "gspo",
+    "gspo_token", "cispo", "cispo_range", "gmpo", "sapo", "vespo", "luspo",
+]  # fmt: skip
+POLICY_LOSSES: dict[str, Callable] = {name: getattr(losses, name) for name in get_args(PolicyLoss)}
 REWARDS = {"last_number": rewards.last_number}
-TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 
 
 def find_reward(name: str) -> rewards.Reward:
@@ -40,15 +45,53 @@ def find_reward(name: str) -> rewards.Reward:
     return found[function]
 
 
-def load_prompts(config: Any, tokenizer: Any) -> tuple[list[data.TokenPrompt], list[data.TokenPrompt]]:
-    """Prompts to train on and prompts held out; prints how many were left out, and why."""
+def policy_hyper(name: str, hyper: Mapping[str, float], **flags: float | None) -> dict[str, float]:
+    """The numbers of a policy loss, from `--hyper` and flags of their own; None is as the loss was published.
+
+    They are tried once: inside an update they are traced, and the loss could refuse nothing.
+
+    Raises:
+      ValueError: for a name that the loss does not have, or a number that it refuses.
+    """
+    loss = POLICY_LOSSES[name]
+    found = checks.merge_hyper(hyper, flags, checks.keywords(loss), f"--policy-loss {name}")
+    x = -jnp.ones((2, 1))
+    loss(x, x, x, x != 0, **found)
+    return found
+
+
+class Prompts(NamedTuple):
+    """Prompts to train on and prompts held out; `batches` makes batches of either, as `data.batches` does."""
+
+    train: list[data.TokenPrompt]
+    held_out: list[data.TokenPrompt]
+    batches: Callable[..., Iterator]
+
+    def questions(self) -> dict[str, Any]:
+        """All held-out prompts as one batch."""
+        ((batch, _),) = self.batches(self.held_out, batch_size=len(self.held_out), seed=None, epochs=1)
+        return batch
+
+
+def load_prompts(config: Any, policy: hf.Loaded, *others: hf.Loaded) -> Prompts:
+    """The prompts of a Config's data; prints how many were left out, and why.
+
+    They are padded to one width, which is part of the sampler's and the updates' compiled shapes.
+
+    Raises:
+      ValueError: when prompts with their completions may be longer than the policy or another network was made for.
+    """
     source = data.read(config.data)
     found, bad = data.parse(source, data.formats.prompts, columns=config.columns, drop=config.drop_bad_rows)
-    cut = TRUNCATIONS[config.truncate]
-    encode = partial(data.tokenize_prompt, tokenizer, limit=config.max_prompt_tokens, truncate=cut)
+    cut = common.TRUNCATIONS[config.truncate]
+    encode = partial(data.tokenize_prompt, policy.tokenizer, limit=config.max_prompt_tokens, truncate=cut)
     kept, unfit = data.collect(encode, found, drop=config.drop_bad_rows)
     prompts, held_out = common.hold_out(config, kept, data.summary(kept, bad + unfit))
-    return prompts, held_out[: config.evaluate_prompts]
+    held_out = held_out[: config.evaluate_prompts]
+    width = max(prompt.length for prompt in [*prompts, *held_out])
+    for network, of in zip((policy, *others), ("policy", "reward model")):
+        checks.check_context(network, "longest prompt + max_new_tokens", width + config.max_new_tokens, of=of)
+    return Prompts(prompts, held_out, partial(data.batches, collate=data.batching.prompts, buckets=[width]))
 
 
 class Part(NamedTuple):

@@ -12,6 +12,7 @@ import pathlib
 from functools import partial
 from typing import Literal
 
+import checks
 import common
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,9 @@ import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import sft
-from alignax.data import truncation
 from alignax.io import hf
 from alignax.types import LossFn, Model
 
-TRUNCATIONS = {f.__name__: f for f in (truncation.keep_start, truncation.keep_end, truncation.drop, truncation.refuse)}
 LOSSES = {"cross_entropy": losses.cross_entropy, "dft": losses.dft}
 SHOW = ("loss", "held_out/loss")
 CURVES = ("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "grad_norm")
@@ -48,7 +47,7 @@ class Config:
     """Parts into which an update is split to save memory; the result is the same."""
     limit: int = 512
     """Most tokens of a row."""
-    truncate: Literal["keep_start", "keep_end", "drop", "refuse"] = "drop"
+    truncate: common.Truncate = "drop"
     """What becomes of longer rows; dropped ones are counted, refused ones are an error."""
     drop_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them; otherwise the first one is an error."""
@@ -90,7 +89,7 @@ def check_objective(config: Config) -> None:
     Raises:
       ValueError: for numbers out of range, or smoothed labels of a loss that has none.
     """
-    common.check_ranges(config, least={"label_smoothing": 0, "z_weight": 0})
+    checks.check_ranges(config, least={"label_smoothing": 0, "z_weight": 0})
     if not config.label_smoothing < 1:
         raise ValueError(f"label_smoothing={config.label_smoothing}; expected less than 1, which forgets the tokens")
     if not config.z_weight < float("inf"):
@@ -116,7 +115,7 @@ def load_rows(config: Config, tokenizer) -> tuple[list[data.TokenRow], list[data
         data.tokenize_example,
         tokenizer,
         limit=config.limit,
-        truncate=TRUNCATIONS[config.truncate],
+        truncate=common.TRUNCATIONS[config.truncate],
         every_turn=config.every_turn,
     )
     rows, unfit = data.collect(encode, examples, drop=config.drop_bad_rows)
@@ -132,13 +131,10 @@ def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
-    common.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    if config.limit > loaded.model.config.max_positions:
-        raise ValueError(
-            f"limit={config.limit}; expected at most {loaded.model.config.max_positions}, the model's context"
-        )
+    checks.check_context(loaded, "limit", config.limit)
     rows, held_out = load_rows(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)

@@ -169,7 +169,7 @@ def saved(tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed") / "results.npz"
     tests = pathlib.Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(tests),
         "JAX_PLATFORMS": "cpu",
     }

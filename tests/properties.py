@@ -9,6 +9,7 @@ gradient that of its finite differences.
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -177,15 +178,16 @@ class Properties:
             scale = max(1.0, np.max(np.abs(expected), initial=0.0))
             np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
 
-    @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-    def test_masked_entries_reach_neither_value_nor_gradient(self, row, run, garbage):
+    def test_masked_entries_reach_neither_value_nor_gradient(self, row, run):
         x = make(row)
-        dirty = dict(x)
-        for name, i in row.inputs.items():
-            if i.mask and x[name].dtype == np.float32:
-                chosen = x[i.mask].reshape(*x[i.mask].shape, *[1] * (x[name].ndim - 2))
-                dirty[name] = np.where(chosen, x[name], np.float32(garbage))
-        jax.tree.map(np.testing.assert_array_equal, run(dirty), run(x))
+        clean = run(x)
+        for garbage in (np.nan, np.inf, -np.inf):
+            dirty = dict(x)
+            for name, i in row.inputs.items():
+                if i.mask and x[name].dtype == np.float32:
+                    chosen = x[i.mask].reshape(*x[i.mask].shape, *[1] * (x[name].ndim - 2))
+                    dirty[name] = np.where(chosen, x[name], np.float32(garbage))
+            jax.tree.map(partial(np.testing.assert_array_equal, err_msg=str(garbage)), run(dirty), clean)
 
     def test_padding(self, row, run):
         if not any(i.mask for i in row.inputs.values()):
@@ -223,12 +225,12 @@ class Properties:
         mixed = {name: np.concatenate([x[name][:2], others[name][2:]]) for name in x}
         np.testing.assert_array_equal(run(mixed)[0][:2], run(x)[0][:2])
 
-    @pytest.mark.parametrize("scale", [50.0, 1e4])
-    def test_finite_at_extremes(self, row, run, scale):
-        value, gradients = run(make(row, scale=scale))
-        assert np.all(np.isfinite(value))
-        for name, gradient in gradients.items():
-            assert np.all(np.isfinite(gradient)), name
+    def test_finite_at_extremes(self, row, run):
+        for scale in (50.0, 1e4):
+            value, gradients = run(make(row, scale=scale))
+            assert np.all(np.isfinite(value)), scale
+            for name, gradient in gradients.items():
+                assert np.all(np.isfinite(gradient)), (name, scale)
 
     def test_a_token_of_probability_zero_gives_no_nan(self, row, run):
         x = make(row)

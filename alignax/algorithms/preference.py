@@ -24,7 +24,7 @@ Recipes:
   IPO-MD: `losses.ipo_soft` on pairs sampled from `models.mixture` (https://arxiv.org/abs/2403.08635).
   SPPO: `losses.sppo`, win rates by `rewards.win_rates` (https://arxiv.org/abs/2405.00675).
   Iterated DPO, hybrid batches: `losses.dpo`, weights by `data.selection.hybrid_weights` (https://arxiv.org/abs/2405.07863).
-  P3O: `losses.p3o_joint` on two samples of a prompt, extra `old_logp`, `reward` (https://arxiv.org/abs/2310.00212).
+  P3O: `losses.p3o_joint` on two samples of a prompt, extra old_logp and reward (https://arxiv.org/abs/2310.00212).
 """
 
 import inspect

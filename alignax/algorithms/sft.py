@@ -5,7 +5,7 @@ Recipes:
   Label smoothing: `losses.smoothed_cross_entropy` (https://arxiv.org/abs/1512.00567).
   Rejection sampling, best of n: the samples of `data.selection.best_of_n` or `data.selection.top_k_over_n` (https://arxiv.org/abs/2307.09288).
   ReST: the samples of `data.selection.rest_filter`, under a rising threshold (https://arxiv.org/abs/2308.08998).
-  Reward-weighted regression: weights by `data.selection.reward_weights` (https://arxiv.org/abs/1910.00177).
+  Reward-weighted regression: weights by `data.selection.reward_weights` (https://doi.org/10.1145/1273496.1273590).
 """
 
 from collections.abc import Callable

@@ -23,6 +23,12 @@ def binary_cross_entropy(logit: Array, target: Array | Scalar) -> Array:
     return target * jax.nn.softplus(-logit) + (1 - target) * jax.nn.softplus(logit)
 
 
+def binary_kl(logit: Array, log_target: Array | Scalar, log_rest: Array | Scalar) -> Array:
+    """KL(q || p) of q = (sigmoid(z), sigmoid(-z)) and p given as two logarithms; those of any two weights will do."""
+    first = jax.nn.sigmoid(logit) * (jax.nn.log_sigmoid(logit) - log_target)
+    return first + jax.nn.sigmoid(-logit) * (jax.nn.log_sigmoid(-logit) - log_rest)
+
+
 def smoothed_logistic(logit: Array, label_smoothing: Scalar, loss: str) -> Array:
     """-(1 - eps) log sigmoid(logit) - eps log sigmoid(-logit).
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import chex
+import jax
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses.f_divergence import f_reverse_kl
@@ -20,10 +22,29 @@ def check_sides(*responses: Response) -> None:
     chex.assert_equal_shape_prefix([response.logp for response in responses], 1)
 
 
+def check_reference(loss: str, *responses: Response) -> None:
+    """Refuses sides without a reference, for losses that read the log-ratio of one side by itself.
+
+    In a margin log pi(y|x) may stand for it; by itself it is far below 0, where such a loss has no gradient left.
+
+    Raises:
+      ValueError: naming the loss.
+    """
+    if any(response.ref_logp is None for response in responses):
+        raise ValueError(f"{loss}: ref_logp is None; expected the reference's log-probabilities (0 for none at all)")
+
+
 def log_ratio(response: Response) -> Float[Array, " B"]:
     """x = log pi(y|x) - log ref(y|x) of whole responses; log pi(y|x) without a reference."""
     check_sides(response)
-    return response.sum - response.ref_sum
+    if response.ref_logp is None:
+        return response.sum
+    # Token by token: two sums over thousands of tokens no longer hold the digits of their small difference.
+    mask, zero = response.mask != 0, jnp.float32(0)
+    logp, ref_logp = (
+        jnp.maximum(jnp.where(mask, x.astype(jnp.float32), zero), -1e4) for x in (response.logp, response.ref_logp)
+    )
+    return jnp.sum(logp - jax.lax.stop_gradient(ref_logp), axis=-1)
 
 
 def log_ratios(

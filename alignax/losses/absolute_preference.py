@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses import _bounded as bounded
-from alignax.losses._checks import check_positive
-from alignax.losses._sides import Divergence, log_ratios
+from alignax.losses._checks import check, check_positive
+from alignax.losses._sides import Divergence, check_reference, log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.losses.f_divergence import f_reverse_kl
 from alignax.types import Array, Response, Scalar
@@ -28,9 +28,9 @@ def apo_zero(chosen: Response, rejected: Response, *, beta: Scalar = 0.1) -> Flo
       beta: how strongly the reference holds (paper: beta).
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("apo_zero", beta=beta)
+    _check("apo_zero", chosen, rejected, beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     return jax.nn.sigmoid(-beta * x_chosen) + jax.nn.sigmoid(beta * x_rejected)
 
@@ -49,9 +49,9 @@ def apo_down(
       divergence: what holds the policy to the reference, in D only.
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("apo_down", beta=beta)
+    _check("apo_down", chosen, rejected, beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     margin = divergence(x_chosen) - divergence(x_rejected)
     return jax.nn.sigmoid(beta * x_chosen) + jax.nn.sigmoid(-beta * margin)
@@ -72,9 +72,9 @@ def nca_pair(
       divergence: what holds the policy to the reference.
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("nca_pair", beta=beta)
+    _check("nca_pair", chosen, rejected, beta)
     r_chosen, r_rejected = (beta * x for x in log_ratios(chosen, rejected, divergence))
     noise = jax.nn.softplus(r_chosen) + jax.nn.softplus(r_rejected)
     return jax.nn.softplus(-r_chosen) + noise / 2
@@ -101,9 +101,9 @@ def bco_pair(
       divergence: what holds the policy to the reference.
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("bco_pair", beta=beta)
+    _check("bco_pair", chosen, rejected, beta)
     chex.assert_rank(delta, 0)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     delta = jax.lax.stop_gradient(delta)
@@ -133,9 +133,9 @@ def kto_pair(
       divergence: what holds the policy to the reference.
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("kto_pair", beta=beta)
+    _check("kto_pair", chosen, rejected, beta)
     chex.assert_rank([kl_chosen, kl_rejected], 0)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     z_chosen, z_rejected = (jax.lax.stop_gradient(jnp.maximum(kl, 0.0)) for kl in (kl_chosen, kl_rejected))
@@ -153,14 +153,15 @@ def sppo(
     Model Alignment", Wu et al. (https://arxiv.org/abs/2405.00675). With 0.001 the loss is of order 1e5.
 
     Args:
-      chosen, rejected: the two sides, with `win_rate` [B] in (0, 1) in their `extra`: constants to differentiation.
+      chosen, rejected: the two sides, with `win_rate` [B] in [0, 1] in their `extra`: constants to differentiation.
       beta: how strongly the reference holds (paper: 1 / eta).
       divergence: what holds the policy to the reference.
 
     Raises:
-      ValueError: for a beta known not to be above 0, a side without `win_rate`.
+      ValueError: for a beta known not to be above 0, a side without a reference, a `win_rate` missing or known to lie
+        outside [0, 1].
     """
-    check_positive("sppo", beta=beta)
+    _check("sppo", chosen, rejected, beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     chosen_loss = bounded.square(x_chosen - _centred_win_rate(chosen) / beta)
     return (chosen_loss + bounded.square(x_rejected - _centred_win_rate(rejected) / beta)) / 2
@@ -180,14 +181,20 @@ def sppo_hard(
       divergence: what holds the policy to the reference.
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
-    check_positive("sppo_hard", beta=beta)
+    _check("sppo_hard", chosen, rejected, beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     return bounded.square(x_chosen - 1 / (2 * beta)) + bounded.square(x_rejected + 1 / (2 * beta))
+
+
+def _check(loss: str, chosen: Response, rejected: Response, beta: Scalar) -> None:
+    check_positive(loss, beta=beta)
+    check_reference(loss, chosen, rejected)
 
 
 def _centred_win_rate(response: Response) -> Array:
     win_rate = extra(response, "win_rate", "sppo")
     chex.assert_shape(win_rate, response.logp.shape[:1])
+    check("sppo", "win_rate", win_rate, lambda x: (x >= 0) & (x <= 1), "0 <= win_rate <= 1")
     return jax.lax.stop_gradient(win_rate.astype(jnp.float32) - 0.5)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from alignax.losses._checks import check_positive
+from alignax.losses._checks import check, check_positive
 from alignax.losses._sides import log_ratios
 from alignax.types import Array, Response, Scalar
 
@@ -71,7 +71,11 @@ def beta_dpo_moments(
       gaps: `[B]`, constants.
       weights: `[B]`, pair weights; None for 1.
       momentum: in [0, 1) (paper: m; the authors' code: gamma).
+
+    Raises:
+      ValueError: for a momentum known to lie outside [0, 1).
     """
+    check("beta_dpo_moments", "momentum", momentum, lambda x: (x >= 0) & (x < 1), "0 <= momentum < 1")
     gaps, weights = _constants(gaps, weights)
     count = jnp.sum(weights)
     average = jnp.sum(weights * gaps) / jnp.where(count > 0, count, 1.0)

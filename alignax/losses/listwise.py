@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Shaped
 
+from alignax.losses._checks import check_positive
 from alignax.types import Array, Scalar
 
 
@@ -101,7 +102,11 @@ def plackett_luce_dpo(
       log_ratios: `[B, K]`, of whole answers (paper: log pi / pi_ref).
       ranks, valid, top: as for `plackett_luce`.
       beta: how strongly the reference holds (paper: beta).
+
+    Raises:
+      ValueError: for a beta known not to be above 0, a top known to be below 1.
     """
+    check_positive("plackett_luce_dpo", beta=beta)
     return plackett_luce(beta * _candidates(log_ratios, ranks, valid), ranks, valid, top=top)
 
 
@@ -127,8 +132,9 @@ def infonca(
       temperature: of the rewards (paper: alpha).
 
     Raises:
-      ValueError: for a temperature known not to be above 0.
+      ValueError: for a beta or temperature known not to be above 0.
     """
+    check_positive("infonca", beta=beta, temperature=temperature)
     log_ratios, target = _candidates(log_ratios, rewards, valid), _log_target(rewards, valid, temperature)
     return -_expected(target, _log_softmax(beta * log_ratios, valid), valid)
 
@@ -144,6 +150,7 @@ def nca(
     """NCA: -sum_k softmax(reward / temperature)_k log sigmoid(beta x_k) - (1 / K) sum_k log sigmoid(-beta x_k).
 
     Each answer is judged by itself, which keeps a good one likely where `infonca` only has it likelier than the others.
+    The authors' code adds 0.01 to the reward of the first candidate in both, so that no two are equal.
     See "Noise Contrastive Alignment of Language Models with Explicit Rewards", Chen et al.
     (https://arxiv.org/abs/2402.05369), section 4.
 
@@ -155,8 +162,9 @@ def nca(
       temperature: of the rewards (paper: alpha).
 
     Raises:
-      ValueError: for a temperature known not to be above 0.
+      ValueError: for a beta or temperature known not to be above 0.
     """
+    check_positive("nca", beta=beta, temperature=temperature)
     logits, target = beta * _candidates(log_ratios, rewards, valid), _log_target(rewards, valid, temperature)
     uniform = jnp.where(valid != 0, jax.nn.softplus(logits), 0.0)
     count = jnp.maximum(jnp.sum(valid != 0, axis=1), 1)
@@ -185,8 +193,9 @@ def exo_reward(
       reward_temperature: of the rewards (paper: beta_r).
 
     Raises:
-      ValueError: for a temperature known not to be above 0.
+      ValueError: for a beta or temperature known not to be above 0.
     """
+    check_positive("exo_reward", beta=beta, reward_temperature=reward_temperature)
     log_q = _log_softmax(beta * _candidates(log_ratios, rewards, valid), valid)
     return _expected(log_q, log_q - _log_target(rewards, valid, reward_temperature), valid)
 
@@ -208,8 +217,6 @@ def _log_softmax(x: Array, valid: Array) -> Array:
 
 
 def _log_target(rewards: Array, valid: Array, temperature: Scalar) -> Array:
-    if not isinstance(temperature, Tracer) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} of the rewards; expected a number above 0")
     rewards = jnp.where(valid != 0, rewards.astype(jnp.float32), 0.0)
     return jax.lax.stop_gradient(_log_softmax(rewards / temperature, valid))
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check_positive
+from alignax.losses._logistic import binary_kl
 from alignax.losses._sides import log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.types import Array, Response, Scalar
@@ -56,7 +57,7 @@ def rpo_backward_kl(
     """
     check_positive("rpo_backward_kl", beta=beta)
     z, g = _gaps(chosen, rejected, beta, eta, "rpo_backward_kl")
-    return _bernoulli_kl(g, z)
+    return binary_kl(g, jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z))
 
 
 @needs("reward")
@@ -78,7 +79,7 @@ def rpo_forward_kl(
     """
     check_positive("rpo_forward_kl", beta=beta)
     z, g = _gaps(chosen, rejected, beta, eta, "rpo_forward_kl")
-    return _bernoulli_kl(z, g)
+    return binary_kl(z, jax.nn.log_sigmoid(g), jax.nn.log_sigmoid(-g))
 
 
 @needs("reward")
@@ -106,13 +107,6 @@ def _gaps(chosen: Response, rejected: Response, beta: Scalar, eta: Scalar, loss:
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     gap = _constant(chosen, "reward", loss) - _constant(rejected, "reward", loss)
     return beta * (x_chosen - x_rejected), eta * gap
-
-
-def _bernoulli_kl(a: Array, b: Array) -> Array:
-    """KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b)))."""
-    log_sigmoid = jax.nn.log_sigmoid
-    lost = jax.nn.sigmoid(-a) * (log_sigmoid(-a) - log_sigmoid(-b))
-    return jax.nn.sigmoid(a) * (log_sigmoid(a) - log_sigmoid(b)) + lost
 
 
 def _constant(response: Response, name: str, loss: str) -> Float[Array, " B"]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from alignax.losses._checks import check_positive
 from alignax.losses._sides import check_sides
 from alignax.losses.absolute_preference import bco_pair
 from alignax.losses.extras import extra, needed, needs, needs_whole_batch, whole_batch
@@ -24,8 +25,8 @@ def wpo(loss: PairwiseLoss = dpo, *, clamp: Scalar | None = 1.0) -> PairwiseLoss
 
     Makes a pairwise loss of another one. Answers that the policy would hardly say count less, so that data of other
     policies is reweighted towards its own; log sum_v p_v^2, the log of a sampled token's expected probability, makes
-    the weight of the policy's own samples about 1. See "WPO: Enhancing RLHF with Weighted Preference Optimization",
-    Zhou et al. (https://arxiv.org/abs/2406.11827).
+    the weight of the policy's own samples about 1 (open-instruct does without: give zeros). See "WPO: Enhancing RLHF
+    with Weighted Preference Optimization", Zhou et al. (https://arxiv.org/abs/2406.11827).
 
     Args:
       loss: any pairwise loss; what is returned has its signature, and needs `log_sum_p2` `[B, T]` of both sides beside
@@ -33,9 +34,12 @@ def wpo(loss: PairwiseLoss = dpo, *, clamp: Scalar | None = 1.0) -> PairwiseLoss
       clamp: the largest weight (authors' code, TRL up to 0.28); None for none (TRL since 0.29).
 
     Raises:
-      ValueError: for a loss that compares the rows of a batch, in which no term belongs to one pair.
+      ValueError: for a clamp known not to be above 0, or a loss that compares the rows of a batch, in which no term
+        belongs to one pair.
     """
     name = _name(loss)
+    if clamp is not None:
+        check_positive("wpo", clamp=clamp)
     if needs_whole_batch(loss):
         raise ValueError(f"wpo: {name} needs the whole batch; expected a loss whose [B] terms each belong to one pair")
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from alignax.losses import _bounded as bounded
 from alignax.losses._checks import check, check_label_smoothing, check_positive
-from alignax.losses._logistic import smoothed_logistic
+from alignax.losses._logistic import binary_kl, smoothed_logistic
 from alignax.losses._sides import Divergence, log_ratios
 from alignax.losses.f_divergence import f_reverse_kl
 from alignax.types import Array, Response, Scalar
@@ -167,7 +167,7 @@ def exo_pair(
     within = "0 < label_smoothing < 0.5 (at 0 the KL is infinite)"
     check("exo_pair", "label_smoothing", label_smoothing, lambda x: (0 < x) & (x < 0.5), within)
     logit = _logit("exo_pair", chosen, rejected, beta, divergence)
-    return _reverse_kl(logit, jnp.log1p(-label_smoothing), jnp.log(label_smoothing))
+    return binary_kl(logit, jnp.log1p(-label_smoothing), jnp.log(label_smoothing))
 
 
 def exo_official(
@@ -194,7 +194,7 @@ def exo_official(
       ValueError: for a beta known not to be above 0, a log_epsilon known not to be below 0.
     """
     check("exo_official", "log_epsilon", log_epsilon, lambda x: x < 0, "log_epsilon < 0")
-    return _reverse_kl(_logit("exo_official", chosen, rejected, beta, divergence), 0.0, log_epsilon)
+    return binary_kl(_logit("exo_official", chosen, rejected, beta, divergence), 0.0, log_epsilon)
 
 
 def discopop(
@@ -231,9 +231,3 @@ def _logit(loss: str, chosen: Response, rejected: Response, beta: Scalar, diverg
     check_positive(loss, beta=beta)
     x_chosen, x_rejected = log_ratios(chosen, rejected, divergence)
     return beta * (x_chosen - x_rejected)
-
-
-def _reverse_kl(logit: Array, target_chosen: Scalar, target_rejected: Scalar) -> Array:
-    """sum_k q_k (log q_k - target_k) over q = (sigmoid(logit), sigmoid(-logit))."""
-    chosen = jax.nn.sigmoid(logit) * (jax.nn.log_sigmoid(logit) - target_chosen)
-    return chosen + jax.nn.sigmoid(-logit) * (jax.nn.log_sigmoid(-logit) - target_rejected)

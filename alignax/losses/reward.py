@@ -32,11 +32,11 @@ def bradley_terry(
 
     Args:
       chosen, rejected: `[B]`, the scores.
-      margin: `[B]` or one number, how far apart the scores should be at least (paper: m(r), 1 for "significantly
-        better" down to 0 for "negligibly better", or three times that).
-      preference: `[B]` or one number in [0, 1], the probability that the chosen side is the preferred one: a share of
-        annotators, or 1 - eps for label smoothing (labels that are wrong with probability eps); at 0.5 the pair is a
-        tie.
+      margin: `[B]` or one number, a constant: how far apart the scores should be at least (paper: m(r), 1 for
+        "significantly better" down to 0 for "negligibly better", or three times that).
+      preference: `[B]` or one number in [0, 1], a constant: the probability that the chosen side is the preferred one,
+        as a share of annotators, or 1 - eps for label smoothing (labels that are wrong with probability eps); at 0.5
+        the pair is a tie.
 
     Raises:
       ValueError: for a margin or preference of another shape, or a preference known to lie outside [0, 1].
@@ -47,7 +47,7 @@ def bradley_terry(
             raise ValueError(f"bradley_terry: {name} of shape {jnp.shape(x)}; expected a number or {chosen.shape}")
     _check_probability("bradley_terry", "preference", preference)
     # float32 also where margin or preference is an array of lower precision
-    margin, preference = (jnp.asarray(x, jnp.float32) for x in (margin, preference))
+    margin, preference = (jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)) for x in (margin, preference))
     logit = chosen - rejected - margin
     return binary_cross_entropy(logit, preference)
 

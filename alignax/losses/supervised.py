@@ -25,7 +25,7 @@ def cross_entropy(logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]
       logp: `[B, T]`, log-probability of each token.
       mask: `[B, T]`, the tokens to learn.
     """
-    return -_masked(mask, logp)[0]
+    return -jnp.maximum(_masked(mask, logp)[0], LEAST_LOGP)
 
 
 @needs("mean_logp")

@@ -12,7 +12,8 @@ from jax.core import Tracer
 from jaxtyping import Float, Shaped
 
 from alignax import reduce
-from alignax.losses._sides import log_ratio
+from alignax.losses._checks import check_positive
+from alignax.losses._sides import check_reference, log_ratio
 from alignax.types import Array, Mean, Response, Scalar
 
 
@@ -39,7 +40,12 @@ def kto(
       beta: how strongly the reference holds (paper: beta).
       desirable_weight: of good answers (paper: lambda_D).
       undesirable_weight: of bad answers, one number or `[B]` (paper: lambda_U).
+
+    Raises:
+      ValueError: for a beta known not to be above 0, answers without a reference, a kl that is not one number.
     """
+    check_positive("kto", beta=beta)
+    check_reference("kto", response)
     x, sign, weight = _classes(response, desirable, desirable_weight, undesirable_weight)
     z0 = jnp.maximum(_constant("kto", "kl", kl), 0.0)
     return weight * jax.nn.sigmoid(-sign * beta * (x - z0))
@@ -56,7 +62,12 @@ def apo_zero_unpaired(response: Response, desirable: Shaped[Array, " B"], *, bet
       response: the answers.
       desirable: `[B]`, whether each is good.
       beta: how strongly the reference holds (paper: beta).
+
+    Raises:
+      ValueError: for a beta known not to be above 0, answers without a reference.
     """
+    check_positive("apo_zero_unpaired", beta=beta)
+    check_reference("apo_zero_unpaired", response)
     return kto(response, desirable, 0.0, beta=beta)
 
 
@@ -81,7 +92,12 @@ def bco(
       beta: how strongly the reference holds (paper: beta).
       undesirable_weight: of bad answers, one number or `[B]`: `udm_weights` where good and bad answers have different
         prompts.
+
+    Raises:
+      ValueError: for a beta known not to be above 0, answers without a reference, a delta that is not one number.
     """
+    check_positive("bco", beta=beta)
+    check_reference("bco", response)
     x, sign, weight = _classes(response, desirable, 1.0, undesirable_weight)
     return weight * jax.nn.softplus(-sign * (beta * x - _constant("bco", "delta", delta)))
 
@@ -116,7 +132,11 @@ def mismatched_kl(response: Response, weights: Float[Array, " B"] | None = None)
     Args:
       response: the mismatched answers: prompt i with the answer to prompt j.
       weights: `[B]`, 0 for rows that do not count.
+
+    Raises:
+      ValueError: for answers without a reference.
     """
+    check_reference("mismatched_kl", response)
     counted = (response.length > 0).astype(jnp.float32)
     weights = counted if weights is None else counted * weights.astype(jnp.float32)
     return reduce.batch_mean(jax.lax.stop_gradient(log_ratio(response)), weights)
@@ -132,7 +152,12 @@ def mean_reward(response: Response, weights: Float[Array, " B"] | None = None, *
       response: the answers.
       weights: `[B]`, 0 for rows that do not count.
       beta: the loss's.
+
+    Raises:
+      ValueError: for a beta known not to be above 0, answers without a reference.
     """
+    check_positive("mean_reward", beta=beta)
+    check_reference("mean_reward", response)
     return reduce.batch_mean(jax.lax.stop_gradient(beta * log_ratio(response)), weights)
 
 

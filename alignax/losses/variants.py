@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check_positive
-from alignax.losses._sides import log_ratio, log_ratios
+from alignax.losses._sides import check_reference, log_ratio, log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.losses.preference import dpo
 from alignax.types import Array, Response, Scalar
@@ -30,9 +30,10 @@ def dpop(
       penalty_weight: of a chosen side below the reference, 0 for DPO (paper: lambda; 5 to 500 there).
 
     Raises:
-      ValueError: for a beta known not to be above 0.
+      ValueError: for a beta known not to be above 0, a side without a reference.
     """
     check_positive("dpop", beta=beta)
+    check_reference("dpop", chosen, rejected)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     penalty = jax.nn.relu(-x_chosen)
     return -jax.nn.log_sigmoid(beta * (x_chosen - x_rejected - penalty_weight * penalty))
@@ -78,9 +79,10 @@ def tdpo1(chosen: Response, rejected: Response, *, beta: Scalar = 0.1) -> Float[
       beta: how strongly the reference holds (paper: beta).
 
     Raises:
-      ValueError: for a beta known not to be above 0, a side without what it needs.
+      ValueError: for a beta known not to be above 0, a side without a reference or what else it needs.
     """
     check_positive("tdpo1", beta=beta)
+    check_reference("tdpo1", chosen, rejected)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     kl_chosen, kl_rejected = _total_kl(chosen, "tdpo1"), _total_kl(rejected, "tdpo1")
     return -jax.nn.log_sigmoid(beta * (x_chosen - x_rejected - (kl_rejected - kl_chosen)))
@@ -99,9 +101,10 @@ def tdpo2(chosen: Response, rejected: Response, *, beta: Scalar = 0.1, alpha: Sc
       alpha: weight of the divergences (paper: alpha).
 
     Raises:
-      ValueError: for a beta known not to be above 0, a side without what it needs.
+      ValueError: for a beta known not to be above 0, a side without a reference or what else it needs.
     """
     check_positive("tdpo2", beta=beta)
+    check_reference("tdpo2", chosen, rejected)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     kl_chosen, kl_rejected = jax.lax.stop_gradient(_total_kl(chosen, "tdpo2")), _total_kl(rejected, "tdpo2")
     return -jax.nn.log_sigmoid(beta * (x_chosen - x_rejected - alpha * (kl_rejected - kl_chosen)))
@@ -132,9 +135,10 @@ def mdpo(
       condition_weight, anchor_weight: of the second and third summand.
 
     Raises:
-      ValueError: for a beta known not to be above 0, a side without what it needs.
+      ValueError: for a beta known not to be above 0, a side without a reference or what else it needs.
     """
     check_positive("mdpo", beta=beta)
+    check_reference("mdpo", chosen, rejected)
     x_chosen, x_rejected = log_ratios(chosen, rejected)
     logp, ref_logp, mask = (extra(chosen, f"degraded_{name}", "mdpo") for name in ("logp", "ref_logp", "mask"))
     x_degraded = log_ratio(Response(logp, ref_logp, mask))

@@ -22,7 +22,7 @@ def test_every_name_is_a_function():
     for table in (grpo.ADVANTAGES, grpo.POLICY_LOSSES, grpo.CORRECTIONS, grpo.KLS):
         assert all(callable(function) for name, function in table.items() if name != "none")
     assert grpo.KLS["none"] is None and grpo.CORRECTIONS["none"] is None
-    assert not {"k1", "k1_straight_through"} & grpo.KLS.keys()  # a loss of k1 has no gradient in expectation
+    assert not {"k1", "absolute"} & grpo.KLS.keys()  # as losses, k1 has no gradient in expectation, absolute no KL
 
 
 def combinations():
@@ -97,10 +97,12 @@ def test_hyperparameters_reach_what_they_are_for():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"hyper": {"ratio_max": 4.0}}, r"hyper \['ratio_max'\]: unknown to --policy-loss ppo_clip.*\['clip_low', "),
+        ({"hyper": {"ratio_max": 4.0}}, r"hyper \['ratio_max'\]: unknown to --policy-loss ppo_clip.*\['clip_high', "),
         ({"policy_loss": "cispo", "clip_low": 0.2}, r"hyper \['clip_low'\]: unknown to --policy-loss cispo.*ratio_max"),
         ({"hyper": {"correction_cap": 2.0}}, r"hyper \['correction_cap'\]: unknown to .* --correction none"),
-        ({"policy_loss": "ppo_penalty", "hyper": {"kl_weight": 2.0}}, r"hyper \['kl_weight'\]: unknown"),
+        ({"policy_loss": "ppo_penalty", "hyper": {"kl_weight": 2.0}}, "hyper kl_weight: the reference's here"),
+        ({"clip_low": 0.1, "hyper": {"clip_low": 0.2}}, r"hyper \['clip_low'\]: also given by flags of their own"),
+        ({"hyper": {"dual_clip": float("inf")}}, "hyper dual_clip=inf; expected a finite number"),
         ({"hyper": {"dual_clip": 0.5}}, r"dual_clip=0\.5; expected a number above 1"),
         (
             {"correction": "icepop", "hyper": {"correction_low": 7.0}},
@@ -122,6 +124,7 @@ def test_hyperparameters_that_fit_nothing_are_refused(options, message):
         ({"clip_high": -0.1}, r"clip_high=-0\.1; expected 0 or more"),
         ({"clip_low": 1.1}, r"clip_low=1\.1; expected 1 or less"),
         ({"hyper": {"cap": 1.0}}, r"hyper \['cap'\]: unknown"),
+        ({"unbiased_kl": True, "kl": "k2"}, "unbiased_kl with --kl k2; expected k3"),
     ],
 )
 def test_main_refuses_before_anything_is_loaded(tmp_path, options, message):

@@ -1,5 +1,6 @@
 """Every pairwise objective by its name."""
 
+import checks
 import jax.numpy as jnp
 import pairwise
 import pytest
@@ -11,7 +12,7 @@ from alignax import losses, train
 def test_an_objective_takes_two_sides_and_its_defaults(name):
     objective = pairwise.objective(name)
     pairwise.try_out(objective.loss, {})
-    pairwise.try_out(objective.loss, pairwise.check_hyper(objective.loss, {}))
+    assert "beta" in checks.keywords(objective.loss) or name in ("slic_hf", "cpo_simpo", "simpo")
     assert objective.reference or objective.reward is not pairwise.preference.whole or name in ("cpo", "slic_hf")
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import actor_critic
 import grpo
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +141,7 @@ def test_grpo_on_a_mesh(tiny_folder, tmp_path):
     command = [sys.executable, grpo.__file__, "--model", tiny_folder, "--output", tmp_path / "out", "--model-axis", "2"]
     command += ["--data", write(tmp_path / "data.jsonl", prompts(12)), "--reward", f"{tmp_path / 'mine.py'}:size"]
     command += "--steps 1 --warmup 0 --prompts 4 --group 4 --minibatches 2 --max-new-tokens 4".split()
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     check_output(tmp_path / "out", 1, {"reward", "held_out/kl"})
@@ -237,7 +238,10 @@ def run_ppo(tiny_folder, reward_folder, tmp_path, **options):
     return config, result, lines[1:]
 
 
-def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_path):
+def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_path, monkeypatch):
+    compiled, compile_update = [], actor_critic.compile_update
+    recorded = lambda *options: compiled.append(compile_update(*options)) or compiled[-1]  # noqa: E731
+    monkeypatch.setattr(actor_critic, "compile_update", recorded)
     config, _, lines = run_ppo(
         tiny_folder,
         reward_folder,
@@ -251,6 +255,13 @@ def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_pa
         reward_clip=1.0,
         critic_warmup=1,
         learning_rate=1e-2,
+        policy_loss="ppo_hybrid",
+        hyper={"clip_high": 0.3},
+        penalty_weight=0.5,
+        penalty_target=1e-6,
+        entropy_weight=0.1,
+        entropy_target=100.0,
+        entropy_step=0.01,
     )
     critic, reward = hf.load(config.output / "critic"), hf.load(reward_folder / "model")
     assert differs(critic.params["backbone"], reward.params["backbone"])
@@ -260,6 +271,11 @@ def test_ppo_with_a_learned_reward_and_critic(tiny_folder, reward_folder, tmp_pa
     # nor does the weight of the KL move as long as nothing can change the KL
     np.testing.assert_allclose([line["kl_coef"] for line in lines], [0.05, 0.05, 0.05 * (1 - 0.2 * 8 / 10)], 1e-5)
     assert abs(lines[0]["objective/scores"]) <= 1 and "reward/rule" not in lines[0]
+    # neither do the other weights; the policy moves by more than the penalty's target, its entropy is below the other
+    np.testing.assert_allclose([line["penalty_weight"] for line in lines], [0.5, 0.5, 1.0])
+    np.testing.assert_allclose([line["entropy_weight"] for line in lines], [0.1, 0.1, 0.11], rtol=1e-6)
+    assert "approx_kl/after" not in lines[0] and min(line["approx_kl/after"] for line in lines[1:]) > 1.5e-6
+    assert [update._cache_size() for update in compiled] == [1, 1]  # a weight that moves compiles nothing
 
 
 def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, tmp_path):
@@ -278,7 +294,9 @@ def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, t
         value_normalisation=True,
         value_clip=0.0,
         target_kl=1e-4,
-        entropy_weight=0.01,
+        policy_loss="cispo",
+        hyper={"ratio_max": 4.0},
+        entropy_target=0.5,  # the tiny model's is 5: the bonus is left out
         whiten_advantages=False,
         kl="k3",
         learning_rate=1e-2,
@@ -286,6 +304,7 @@ def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, t
     assert not (config.output / "critic").exists()
     assert all(1 <= line["updates"] < 8 for line in lines)
     assert [line["values/clip_fraction"] for line in lines] == [0, 0]
+    assert all(line["entropy/before"] > 0.5 and line["entropy_weight"] == 0 for line in lines)
     held_out = {name.removeprefix("held_out/"): value for name, value in result.items()}
     for line in [*lines, held_out]:
         total = 2.0 * line["reward/rule"] + 0.5 * line["reward/model"]
@@ -295,7 +314,7 @@ def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, t
 def test_ppo_critic_from_the_policy(tiny_folder):
     config = ppo.Config(model="", data="", output="", critic="policy", **PPO)
     loaded = hf.load(tiny_folder)
-    learner = ppo.make_learner(config, loaded, None, sharding.make_mesh())
+    learner = actor_critic.make_learner(config, loaded, None, sharding.make_mesh())
     critic = learner.critic(learner.states)
     assert not differs(critic["backbone"], loaded.params) and not differs(learner.policy(learner.states), loaded.params)
     assert np.ptp(critic["score"]["kernel"]) > 0 and "head" not in critic["backbone"]
@@ -353,6 +372,36 @@ def write_rules(folder, name):
         (
             {"reward": "vowels", "critic": "policy", "epochs": 1, "minibatches": 1, "target_kl": 0.1},
             "a rollout has only one update",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "penalty_weight": 1.0},
+            "penalty_weight: ppo_clip has no penalty; expected ppo_penalty or ppo_hybrid",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "policy_loss": "ppo_penalty", "penalty_target": 0.01},
+            "penalty_target needs a penalty_weight above 0",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "policy_loss": "ppo_penalty", "penalty_weight": 1.0, "epochs": 1}
+            | {"minibatches": 1},
+            "a rollout has only one",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "hyper": {"ratio_max": 4.0}},
+            r"hyper \['ratio_max'\]: unknown to --policy-loss ppo_clip; expected some of \['clip_high'",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "hyper": {"dual_clip": 1.0}},
+            r"dual_clip=1; expected a number above",
+        ),
+        ({"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "clip_low": 0.2}, "unknown to --policy"),
+        (
+            {"reward": "vowels", "critic": "policy", "entropy_target": 1.0, "entropy_weight": 2.0},
+            r"entropy_weight=2\.0; expected 1 or less",
+        ),
+        (
+            {"reward": "vowels", "critic": "policy", "entropy_step": 0.0},
+            r"entropy_step=0\.0; expected a number above 0",
         ),
         ({"reward": "vowels", "critic": "policy", "kl_coef": -0.1}, r"kl_coef=-0\.1; expected 0 or more"),
         ({"reward": "vowels", "critic": "policy", "lambda_": 1.5}, r"lambda_=1\.5; expected 1 or less"),

@@ -98,6 +98,13 @@ def test_sppo_says_what_it_needs():
         losses.sppo(side([1.0]), side([1.0]))
 
 
+@pytest.mark.parametrize("win_rate", [-0.1, 1.5, math.nan])
+def test_a_win_rate_that_is_no_probability_is_refused(win_rate):
+    pair = side([1.0], win_rate=jnp.array([0.5])), side([1.0], win_rate=jnp.array([win_rate]))
+    with pytest.raises(ValueError, match=r"sppo: win_rate=.*expected 0 <= win_rate <= 1"):
+        losses.sppo(*pair)
+
+
 def test_win_rates_are_constants():
     def total(win_rate):
         return jnp.sum(losses.sppo(side([1.0], win_rate=win_rate), side([2.0], win_rate=win_rate)))

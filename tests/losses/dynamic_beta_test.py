@@ -70,6 +70,12 @@ def test_the_draw_has_the_weights_it_should():
     np.testing.assert_array_equal(select(std=0.0, ratio=0.9), np.eye(10)[0])
 
 
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_a_momentum_out_of_range_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"beta_dpo_moments: momentum=.*expected 0 <= momentum < 1"):
+        losses.beta_dpo_moments(0.0, 0.0, jnp.zeros(2), momentum=momentum)
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0])
 def test_a_ratio_out_of_range_is_refused(ratio):
     with pytest.raises(ValueError, match=r"beta_dpo_select: ratio=.*expected 0 <= ratio < 1"):

@@ -128,8 +128,11 @@ def test_refusals():
         (losses.nca, "temperature"),
         (losses.exo_reward, "reward_temperature"),
     ):
-        with pytest.raises(ValueError, match="temperature=0 of the rewards; expected a number above 0"):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: {name}=0; expected {name} > 0"):
             loss(scores, scores, VALID, **{name: 0})
+    for loss in (losses.plackett_luce_dpo, losses.infonca, losses.nca, losses.exo_reward):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: beta=-1; expected beta > 0"):
+            loss(scores, order, VALID, beta=-1)
 
 
 def ranked(loss):

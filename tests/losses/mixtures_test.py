@@ -65,7 +65,9 @@ def test_wpo_of_another_loss_keeps_its_name_needs_and_hyperparameters():
         losses.wpo()(chosen._replace(extra={}), rejected)
 
 
-def test_wpo_of_a_loss_over_the_batch_is_refused():
+def test_wpo_of_a_loss_over_the_batch_or_clamped_at_nothing_is_refused():
+    with pytest.raises(ValueError, match="wpo: clamp=0; expected clamp > 0"):
+        losses.wpo(clamp=0)
     with pytest.raises(ValueError, match="wpo: aot needs the whole batch"):
         losses.wpo(losses.aot)
 

@@ -192,11 +192,35 @@ def test_dpo_keeps_its_digits_where_the_pair_is_right():
     np.testing.assert_allclose([value, -gradient[0]], math.exp(-30), rtol=1e-5)
 
 
+def test_long_answers_keep_the_digits_of_their_log_ratio():
+    """Sums of 4096 log-probabilities differ by a few units here, and lose 5e-4 of that when each is rounded."""
+    rng = np.random.default_rng(0)
+    logp = -rng.gamma(0.5, 2, (2, 4, 4096)).astype(np.float32)
+    ref_logp = (logp + rng.normal(0, 0.05, logp.shape)).astype(np.float32)
+    x_chosen, x_rejected = (logp.astype(np.float64) - ref_logp).sum(axis=-1)
+    sides = (Response(*map(jnp.asarray, arrays), jnp.ones((4, 4096), bool)) for arrays in zip(logp, ref_logp))
+    margin = losses.gpo(*sides, convex=lambda z: z, beta=1.0)
+    np.testing.assert_allclose(margin, x_chosen - x_rejected, atol=1e-5)
+
+
+def test_impossible_tokens_of_both_models_cancel():
+    impossible = Response(jnp.full((1, 1), -jnp.inf), jnp.full((1, 1), -jnp.inf), jnp.ones((1, 1)))
+    np.testing.assert_allclose(losses.dpo(impossible, side([0.0])), LOG2, rtol=1e-6)
+
+
 def test_without_a_reference():
     free = Response(jnp.array([[-3.0]]), None, jnp.ones((1, 1)))
     other = Response(jnp.array([[-5.0]]), None, jnp.ones((1, 1)))
     np.testing.assert_allclose(losses.dpo(free, other, beta=0.5), math.log1p(math.exp(-1)), rtol=1e-6)
     np.testing.assert_allclose(losses.hinge(free, other, beta=0.1), 0.8, rtol=1e-6)
+
+
+@each(lambda case: not case.of_margin and case.loss not in (losses.aot, losses.aot_unpaired))
+def test_a_loss_of_each_side_needs_a_reference(case):
+    without = side(CHOSEN)._replace(ref_logp=None)
+    for pair in ((without, side(REJECTED)), (side(REJECTED), without)):
+        with pytest.raises(ValueError, match=r"ref_logp is None; expected the reference's log-probabilities"):
+            case.loss(*pair)
 
 
 def test_robust_dpo_of_flipped_labels_is_dpo_on_average():

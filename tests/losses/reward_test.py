@@ -74,6 +74,13 @@ def test_a_binary_reward_is_pulled_towards_its_probability():
         losses.reward_binary(scores, 3 * targets)
 
 
+def test_margin_and_preference_are_constants():
+    def total(margin, preference):
+        return losses.bradley_terry(jnp.ones(1), jnp.zeros(1), margin=margin, preference=preference)[0]
+
+    assert jax.grad(total, (0, 1))(0.5, 0.75) == (0, 0)
+
+
 @pytest.mark.parametrize("loss", [losses.reward_mse, losses.reward_huber, losses.reward_binary])
 def test_ratings_are_constants(loss):
     slope = jax.grad(lambda x: jnp.sum(loss(jnp.array([0.5]), x)))(jnp.array([0.25]))

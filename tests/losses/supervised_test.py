@@ -58,6 +58,11 @@ def test_dft_weighs_the_cross_entropy_by_the_probability():
     np.testing.assert_allclose(weighted, p[1] * (p - jnp.eye(4)[1]), rtol=1e-5, atol=1e-7)
 
 
+def test_the_cross_entropy_of_an_impossible_token_is_finite():
+    value, slope = jax.value_and_grad(lambda x: losses.cross_entropy(x, x == x)[0, 0])(jnp.full((1, 1), -jnp.inf))
+    assert value == 1e4 and slope == 0
+
+
 def test_dft_of_an_impossible_token_is_nothing():
     impossible = jnp.full((1, 1), -jnp.inf)
     value, slope = jax.value_and_grad(lambda x: losses.dft(x, jnp.ones((1, 1)))[0, 0])(impossible)

@@ -108,6 +108,25 @@ def test_a_certain_prompt_weighs_no_more_than_the_limit():
     np.testing.assert_array_equal(jax.grad(lambda p: jnp.sum(losses.udm_weights(p)))(jnp.full(2, 0.6)), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    {
+        "kto": lambda x, **hyper: losses.kto(x, jnp.ones(2), 0.0, **hyper),
+        "apo_zero_unpaired": lambda x, **hyper: losses.apo_zero_unpaired(x, jnp.ones(2), **hyper),
+        "bco": lambda x, **hyper: losses.bco(x, jnp.ones(2), 0.0, **hyper),
+        "mean_reward": losses.mean_reward,
+        "mismatched_kl": losses.mismatched_kl,
+    }.items(),
+)
+def test_a_beta_that_is_not_above_0_and_a_missing_reference_are_refused(name, call):
+    x = Response(jnp.zeros((2, 1)), jnp.zeros((2, 1)), jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match=f"{name}: ref_logp is None"):
+        call(x._replace(ref_logp=None))
+    for beta in () if name == "mismatched_kl" else (0, -0.1, jnp.float32(np.nan)):
+        with pytest.raises(ValueError, match=rf"{name}: beta=.*expected beta > 0"):
+            call(x, beta=beta)
+
+
 def test_refusals():
     x = jax.tree.map(jnp.asarray, make(Row(losses.kto, kto, references.kto, ANSWERS)))
     with pytest.raises(ValueError, match=r"kto: kl of shape \(4,\); expected one number for the whole batch"):

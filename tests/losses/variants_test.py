@@ -48,6 +48,14 @@ def test_rpo_is_dpo_and_the_likelihood_of_the_chosen_side_only():
         losses.rpo(chosen, rejected, label_smoothing=0.5)
 
 
+@pytest.mark.parametrize("loss", [losses.dpop, losses.tdpo1, losses.tdpo2, losses.mdpo])
+def test_what_reads_one_side_by_itself_needs_a_reference(loss):
+    chosen, rejected = with_kl(0.3, 0.7)
+    for pair in ((chosen._replace(ref_logp=None), rejected), (chosen, rejected._replace(ref_logp=None))):
+        with pytest.raises(ValueError, match=f"{loss.__name__}: ref_logp is None"):
+            loss(*pair)
+
+
 @pytest.mark.parametrize("loss", [losses.tdpo1, losses.tdpo2])
 def test_tdpo_of_equal_divergences_is_dpo(loss):
     chosen, rejected = with_kl(0.3, 0.3)
