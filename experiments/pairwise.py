@@ -61,7 +61,7 @@ DIVERGENCES = {
     "alpha": losses.f_alpha,
 }
 # what a column of the data says of the pair, or of each side
-OF_PAIR = {"margin": 0.0, "preference": None}
+OF_PAIR = ("margin", "preference")
 OF_SIDES = ("reward", "win_rate")
 
 
@@ -159,13 +159,13 @@ class PairRow(NamedTuple):
 def read_extras(pair: data.Pair, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The numbers a loss needs, from the columns `margin` and `preference`, or `chosen_NAME` and `rejected_NAME`."""
 
-    def number(column: str, default: float | None = None) -> float:
-        value = pair.columns.get(column, default)
+    def number(column: str) -> float:
+        value = pair.columns.get(column)
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise data.BadRow(pair.where, f"wrong {column}", f"{value!r}; the loss needs a number there")
         return value
 
-    extra = {name: np.float32(number(name, default)) for name, default in OF_PAIR.items() if name in names}
+    extra = {name: np.float32(number(name)) for name in OF_PAIR if name in names}
     for name in OF_SIDES:
         if name in names:
             extra[name] = np.array([number(f"{side}_{name}") for side in ("chosen", "rejected")], np.float32)
