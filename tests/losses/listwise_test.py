@@ -132,7 +132,7 @@ def test_refusals():
             loss(scores, scores, VALID, **{name: 0})
     for loss in (losses.plackett_luce_dpo, losses.infonca, losses.nca, losses.exo_reward):
         with pytest.raises(ValueError, match=f"{loss.__name__}: beta=-1; expected beta > 0"):
-            loss(scores, order, VALID, beta=-1)
+            loss(scores, order.astype(jnp.float32), VALID, beta=-1)
 
 
 def ranked(loss):

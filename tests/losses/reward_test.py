@@ -108,7 +108,7 @@ class TestRows(Properties):
             losses.bradley_terry,
             by_position(losses.bradley_terry, *SCORES, margin="margin", preference="preference"),
             references.bradley_terry,
-            SCORES | {"margin": SCORE, "preference": Input("B", None, True, probability)},
+            SCORES | {"margin": Input("B", None, make=real), "preference": Input("B", None, make=probability)},
         ),
         "reward_centering": Row(
             losses.reward_centering,
