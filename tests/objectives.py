@@ -11,12 +11,14 @@ import pathlib
 import re
 import sys
 import types
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "alignax" / "losses" / "README.md"
 # packages and modules of the library whose public functions stand on the page
 PARTS = ("losses", "advantages", "returns", "corrections", "trpo", "controllers", "rewards", "data.selection")
 PARTS += ("data.pairing",)
+NO_OBJECTIVES = ("alignax.rewards.rules", "alignax.rewards.evaluate", "alignax.losses.extras")
 EXTRA = {"train": ("ema", "ema_every"), "models": ("mixture", "geometric_mixture_logits")}
 # script -> flag -> the name of the table, in the script or in a module it imports
 TABLES = {
@@ -47,7 +49,9 @@ def public(part: str) -> dict[str, types.FunctionType]:
     return {
         name: value
         for name, value in members.items()
-        if inspect.isfunction(value) and value.__module__.startswith(f"alignax.{part}")
+        if inspect.isfunction(value)
+        and value.__module__.startswith(f"alignax.{part}")
+        and value.__module__ not in NO_OBJECTIVES
     }
 
 
@@ -101,17 +105,29 @@ def flags() -> dict[types.FunctionType, list[str]]:
     return found
 
 
-def tests() -> dict[types.FunctionType, str]:
-    """Function -> the test file whose table of `Properties` holds it."""
-    found = {}
+def rows() -> dict[types.FunctionType, list]:
+    """Function -> its rows of `properties.Properties`."""
+    found: dict[types.FunctionType, list] = {}
+    for _, row in table():
+        found.setdefault(row.function, []).append(row)
+    return found
+
+
+def table() -> list[tuple[pathlib.Path, Any]]:
+    """(test file, row) of every row of `properties.Properties`."""
+    found = []
     for path in sorted((ROOT / "tests").rglob("*_test.py")):
-        if "Properties" not in path.read_text():
+        if "(Properties)" not in path.read_text():
             continue
         name = ".".join(path.relative_to(ROOT / "tests").with_suffix("").parts)
-        for value in vars(importlib.import_module(name)).values():
-            rows = getattr(value, "rows", None) if inspect.isclass(value) else None
-            found |= {row.function: str(path.relative_to(ROOT)) for row in (rows or {}).values()}
+        classes = [value for value in vars(importlib.import_module(name)).values() if inspect.isclass(value)]
+        found += [(path, row) for value in classes for row in getattr(value, "rows", {}).values()]
     return found
+
+
+def tests() -> dict[types.FunctionType, str]:
+    """Function -> the test file whose table of `Properties` holds it."""
+    return {row.function: str(path.relative_to(ROOT)) for path, row in table()}
 
 
 def test_of(path: str, function: types.FunctionType, found: dict[types.FunctionType, str]) -> str:
