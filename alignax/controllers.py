@@ -1,12 +1,13 @@
 """Rules that move a coefficient between updates: `(coefficient, measurement, *, ...) -> coefficient`.
 
 Coefficients are traced hyperparameters of the losses, so that moving one compiles nothing. The rules take Python
-numbers and arrays and return a float32 array.
+numbers and arrays and return a float32 array. A measurement that is NaN changes nothing.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from alignax.losses._checks import check_positive
 from alignax.types import Array, Scalar
 
 
@@ -20,7 +21,7 @@ def adaptive_kl(
     low: Scalar = 0.0,
     high: Scalar = 1e6,
 ) -> Float[Array, ""]:
-    """kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * count / horizon): proportional control of a KL.
+    """Adaptive KL, proportional: kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon).
 
     See "Fine-Tuning Language Models from Human Preferences", Ziegler et al. (https://arxiv.org/abs/1909.08593),
     section 2.2.
@@ -32,15 +33,19 @@ def adaptive_kl(
       horizon: after about this many rows a KL off by 20 % or more changes the coefficient by 20 %.
       count: how many rows were sampled since the last change.
       low, high: the coefficient stays between them.
+
+    Raises:
+      ValueError: for a target or a horizon known to be 0 or less.
     """
-    error = jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1, -0.2, 0.2)
+    check_positive("adaptive_kl", target=target, horizon=horizon)
+    error = jnp.nan_to_num(jnp.clip(jnp.asarray(kl, jnp.float32) / target - 1, -0.2, 0.2))
     return jnp.clip(kl_coef * (1 + error * count / horizon), low, high)
 
 
 def ppo_paper_kl(
     kl_coef: Scalar, kl: Scalar, *, target: Scalar = 0.01, low: Scalar = 0.0, high: Scalar = 1e6
 ) -> Float[Array, ""]:
-    """Half of kl_coef where kl < target / 1.5, twice of it where kl > 1.5 target, else kl_coef.
+    """Adaptive KL, the PPO paper's: kl_coef / 2 where kl < target / 1.5, 2 kl_coef where kl > 1.5 target, else kl_coef.
 
     See "Proximal Policy Optimization Algorithms", Schulman et al. (https://arxiv.org/abs/1707.06347), section 4.
 
@@ -64,7 +69,7 @@ def adaptive_entropy(
     low: Scalar = 0.0,
     high: Scalar = 1.0,
 ) -> Float[Array, ""]:
-    """coef + step where the entropy is at most the target, coef - step where it is above, within [low, high].
+    """Adaptive entropy: coef + step where entropy <= target, coef - step where entropy > target, in [low, high].
 
     See "Skywork Open Reasoner 1 Technical Report", He et al. (https://arxiv.org/abs/2505.22312), section 4. There the
     bonus applies only while the entropy is at most the target; multiply by `entropy <= target` for that.
@@ -76,5 +81,6 @@ def adaptive_entropy(
       step: by how much the coefficient moves (paper: Delta).
       low, high: the coefficient stays between them.
     """
-    change = jnp.where(jnp.asarray(entropy, jnp.float32) <= target, step, -step)
+    entropy = jnp.asarray(entropy, jnp.float32)
+    change = jnp.where(entropy <= target, step, jnp.where(entropy > target, -step, 0.0))
     return jnp.clip(coef + change, low, high)

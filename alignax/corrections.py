@@ -20,9 +20,9 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from alignax import reduce
+from alignax.losses._checks import check_positive
+from alignax.losses._ratios import FLOOR, exp, row_mean
 from alignax.types import Array, Max, Mean, Scalar
-
-FLOOR = -1e4  # a token of probability 0: its log-ratio to itself is then 0, not NaN
 
 
 def token_ratio(old_logp: Float[Array, "B T"], rollout_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
@@ -41,7 +41,8 @@ def sequence_ratio(
 ) -> Float[Array, "B T"]:
     """Sequence ratio: prod_t r_t on each token of the row, its logarithm clipped to [-20, 20].
 
-    The only unbiased one; it runs to 0 or to its cap as rows grow longer.
+    The only unbiased one; it runs to 0 or to its cap as rows grow longer. See "When Speed Kills Stability: Demystifying
+    RL Collapse from the Training-Inference Mismatch", Liu et al. (https://richardli.xyz/rl-collapse).
 
     Args:
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
@@ -54,10 +55,12 @@ def geometric_ratio(
 ) -> Float[Array, "B T"]:
     """Geometric ratio: (prod_t r_t)^(1 / length) on each token of the row, which length does not carry away.
 
+    See "Group Sequence Policy Optimization", Zheng et al. (https://arxiv.org/abs/2507.18071), eq. 7.
+
     Args:
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
     """
-    return _ratio(_row_mean(_log_ratio(old_logp, rollout_logp, mask), mask), mask)
+    return _ratio(row_mean(_log_ratio(old_logp, rollout_logp, mask), mask), mask)
 
 
 def truncated_is_token(
@@ -72,6 +75,7 @@ def truncated_is_token(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       cap: the largest weight (paper: C), 1.5 to 5.
     """
+    check_positive("truncated_is_token", cap=cap)
     return jnp.minimum(token_ratio(old_logp, rollout_logp, mask), cap)
 
 
@@ -80,10 +84,14 @@ def truncated_is_sequence(
 ) -> Float[Array, "B T"]:
     """Truncated importance sampling, sequences: min(prod_t r_t, cap) on each token of the row.
 
+    See "When Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch", Liu et al.
+    (https://richardli.xyz/rl-collapse).
+
     Args:
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       cap: the largest weight, 2 to 10.
     """
+    check_positive("truncated_is_sequence", cap=cap)
     return jnp.minimum(sequence_ratio(old_logp, rollout_logp, mask), cap)
 
 
@@ -92,10 +100,13 @@ def truncated_is_geometric(
 ) -> Float[Array, "B T"]:
     """Truncated importance sampling, geometric: min((prod_t r_t)^(1 / length), cap) on each token of the row.
 
+    See "Group Sequence Policy Optimization", Zheng et al. (https://arxiv.org/abs/2507.18071), eq. 7, for the ratio.
+
     Args:
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       cap: the largest weight.
     """
+    check_positive("truncated_is_geometric", cap=cap)
     return jnp.minimum(geometric_ratio(old_logp, rollout_logp, mask), cap)
 
 
@@ -181,7 +192,7 @@ def geometric_rejection(
 
 
 def normalised(weights: Float[Array, "B T"], mask: Array, *, mean: Scalar | None = None) -> Float[Array, "B T"]:
-    """Normalised weights: w / mean(w), so that a correction does not change the size of a step.
+    """Normalised weights: w / mean(w), so that a correction does not change the size of a step (verl's option).
 
     Args:
       weights: `[B, T]`, of one of the functions above.
@@ -218,8 +229,8 @@ def off_policy_mask(
     """
     chex.assert_rank([advantages, mask], 2)
     chex.assert_equal_shape([advantages, mask])
-    advantage = _row_mean(jnp.where(mask != 0, advantages.astype(jnp.float32), 0.0), mask)
-    gone = _row_mean(-_log_ratio(logp, rollout_logp, mask), mask) > threshold
+    advantage = row_mean(jnp.where(mask != 0, advantages.astype(jnp.float32), 0.0), mask)
+    gone = row_mean(-_log_ratio(logp, rollout_logp, mask), mask) > threshold
     return jax.lax.stop_gradient(1.0 - ((advantage < 0) & gone).astype(jnp.float32))[:, 0]
 
 
@@ -258,7 +269,7 @@ def mismatch_metrics(
     }
     chosen = mask != 0
     surprise = [
-        _row_mean(-jnp.maximum(jnp.where(chosen, x.astype(jnp.float32), 0.0), FLOOR), mask)
+        row_mean(-jnp.maximum(jnp.where(chosen, x.astype(jnp.float32), 0.0), FLOOR), mask)
         for x in (old_logp, rollout_logp)
     ]
     rows = {
@@ -276,6 +287,9 @@ def mismatch_metrics(
 
 def ess(mean: Scalar, mean_square: Scalar) -> Array:
     """Effective sample size: (E w)^2 / E w^2, the fraction of the samples that equal weights would need; 0 for none.
+
+    See "Metropolized independent sampling with comparisons to rejection sampling and importance sampling", Liu
+    (https://doi.org/10.1007/BF00162521).
 
     Args:
       mean, mean_square: of the weights and of their squares, `is_ratio_mean` and `is_ratio_square` of
@@ -298,12 +312,7 @@ def _log_ratio(old_logp: Array, rollout_logp: Array, mask: Array) -> Float[Array
 
 def _ratio(log_ratio: Array, mask: Array) -> Float[Array, "B T"]:
     """e^x on the masked-in tokens, x `[B, T]` or `[B, 1]`."""
-    return jnp.where(mask != 0, jnp.exp(jnp.clip(log_ratio, -20.0, 20.0)), 0.0)
-
-
-def _row_mean(x: Array, mask: Array) -> Float[Array, "B 1"]:
-    length = jnp.sum((mask != 0).astype(jnp.float32), axis=1, keepdims=True)
-    return jnp.sum(x, axis=1, keepdims=True) / jnp.maximum(length, 1.0)
+    return jnp.where(mask != 0, exp(log_ratio), 0.0)
 
 
 def _within(ratio: Array, low: Scalar, high: Scalar) -> Array:

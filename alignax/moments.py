@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 def update_moments(moments: Moments, x: Float[Array, " N"], weights: Array | None = None) -> Moments:
-    """The moments of what was seen before and x together.
+    """Running moments: count, mean and sum (x - mean)^2 of what was seen before and x together.
 
     See "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", Chan, Golub and LeVeque
     (Stanford STAN-CS-79-773), eq. 2.1.
@@ -43,12 +43,13 @@ def update_moments(moments: Moments, x: Float[Array, " N"], weights: Array | Non
     Args:
       moments: so far.
       x: `[N]`, new numbers.
-      weights: `[N]`, how often each counts; 0 leaves it out, NaN or not. None: each once.
+      weights: `[N]`, how often each counts, 0 to leave it out. None: each once. NaN (a reward that could not be given)
+        never counts.
     """
     chex.assert_rank(x, 1)
     weight = jnp.ones(x.shape) if weights is None else weights.astype(jnp.float32)
     chex.assert_equal_shape([x, weight])
-    count, mean, m2 = _weighted(x, weight)
+    count, mean, m2 = _weighted(x, jnp.where(jnp.isnan(x), 0.0, weight))
     total = moments.count + count
     share = jnp.where(total > 0, count / jnp.where(total > 0, total, 1.0), 0.0)
     shift = mean - moments.mean
@@ -72,7 +73,7 @@ class ValueNorm(NamedTuple):
 def value_norm_update(
     norm: ValueNorm, returns: Float[Array, "B T"], mask: Array, *, beta: Scalar = 0.99995
 ) -> ValueNorm:
-    """Moves the mean and the mean square of the returns by 1 - beta towards those of a batch, without the initial bias.
+    """Value normalisation, update: beta old + (1 - beta) new, for mean and mean square of the returns, debiased.
 
     See "The Surprising Effectiveness of PPO in Cooperative, Multi-Agent Games", Yu et al.
     (https://arxiv.org/abs/2103.01955), value normalisation; ReaLHF's default for beta. A critic learns
@@ -98,13 +99,13 @@ def value_norm_update(
 
 
 def normalise(norm: ValueNorm, x: Array, *, eps: Scalar = 1e-5) -> Array:
-    """(x - mean) / sqrt(max(variance, eps)) for an array of any shape; x itself before the first update."""
+    """Value normalisation: (x - mean) / sqrt(max(variance, eps)), x of any shape; x itself before the first update."""
     mean, std = _mean_std(norm, eps)
     return (x.astype(jnp.float32) - mean) / std
 
 
 def denormalise(norm: ValueNorm, x: Array, *, eps: Scalar = 1e-5) -> Array:
-    """x * sqrt(max(variance, eps)) + mean: the inverse of `normalise`."""
+    """Value normalisation, inverse: x sqrt(max(variance, eps)) + mean."""
     mean, std = _mean_std(norm, eps)
     return x.astype(jnp.float32) * std + mean
 

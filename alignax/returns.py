@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.advantages import gae
+from alignax.losses._checks import check
+from alignax.losses._ratios import FLOOR, exp
 from alignax.types import Array, Scalar
 
 
 def discounted_returns(rewards: Float[Array, "B T"], mask: Array, *, gamma: Scalar = 1.0) -> Float[Array, "B T"]:
-    """G_t = r_t + gamma G_{t+1}: rewards to go, without a critic.
+    """Discounted returns: G_t = r_t + gamma G_{t+1}, rewards to go, without a critic.
+
+    See "Reinforcement Learning: An Introduction", Sutton and Barto (http://incompleteideas.net/book/the-book-2nd.html),
+    section 3.3.
 
     Args:
       rewards: `[B, T]`, the reward for emitting each token.
@@ -34,7 +39,7 @@ def lambda_returns(
     lambda_: Scalar = 0.95,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> Float[Array, "B T"]:
-    """G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1}): values at lambda 0, returns at lambda 1.
+    """Lambda returns: G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1}), of one step at 0, to the end at 1.
 
     See "Reinforcement Learning: An Introduction", Sutton and Barto (http://incompleteideas.net/book/the-book-2nd.html),
     section 12.1. Generalised advantages are these less the values.
@@ -53,7 +58,14 @@ def td_targets(
     gamma: Scalar = 1.0,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> Float[Array, "B T"]:
-    """r_t + gamma V_{t+1}: the returns of one step."""
+    """TD targets: r_t + gamma V_{t+1}, the returns of one step.
+
+    See "Reinforcement Learning: An Introduction", Sutton and Barto (http://incompleteideas.net/book/the-book-2nd.html),
+    section 6.1.
+
+    Args:
+      rewards, values, mask, gamma, bootstrap: as for `alignax.advantages.gae`.
+    """
     return n_step_returns(rewards, values, mask, n=1, gamma=gamma, bootstrap=bootstrap)
 
 
@@ -66,15 +78,19 @@ def n_step_returns(
     gamma: Scalar = 1.0,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> Float[Array, "B T"]:
-    """sum_{k<n} gamma^k r_{t+k} + gamma^n V_{t+n}; a row that ends sooner is bootstrapped where it ends.
+    """N-step returns: sum_{k<n} gamma^k r_{t+k} + gamma^n V_{t+n}.
 
-    See "Reinforcement Learning: An Introduction", Sutton and Barto (http://incompleteideas.net/book/the-book-2nd.html),
-    section 7.1.
+    A row that ends sooner is bootstrapped where it ends. See "Reinforcement Learning: An Introduction", Sutton and
+    Barto (http://incompleteideas.net/book/the-book-2nd.html), section 7.1.
 
     Args:
       rewards, values, mask, gamma, bootstrap: as for `alignax.advantages.gae`.
       n: how many rewards are counted, 1 or more.
+
+    Raises:
+      ValueError: for an n known to be below 1.
     """
+    check("n_step_returns", "n", n, lambda n: n >= 1, "1 or more")
     rewards, values, mask, after = _checked(rewards, values, mask, bootstrap)
     length = rewards.shape[1]
     # the next masked-in column, `length` behind the last one, where the bootstrap stands
@@ -102,10 +118,10 @@ def vtrace(
     clip_advantage: Scalar = 1.0,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """V-trace: advantages and returns of one policy from the samples of another, importance weights clipped.
+    """V-trace: v_t = V_t + min(clip_rho, rho_t) delta_t + gamma lambda min(clip_c, rho_t) (v_{t+1} - V_{t+1}), and A_t.
 
-        v_t = V_t + min(clip_rho, rho_t) (r_t + gamma V_{t+1} - V_t)
-                  + gamma lambda min(clip_c, rho_t) (v_{t+1} - V_{t+1})
+    Advantages and returns of one policy from the samples of another, delta_t = r_t + gamma V_{t+1} - V_t and
+
         A_t = min(clip_advantage, rho_t) (r_t + gamma ((1 - lambda) V_{t+1} + lambda v_{t+1}) - V_t)
 
     rho = exp(logp - old_logp). See "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
@@ -125,8 +141,8 @@ def vtrace(
     """
     chex.assert_equal_shape([logp, old_logp, rewards])
     rewards, values, mask, after = _checked(rewards, values, mask, bootstrap)
-    logp, old_logp = (jnp.where(mask, x.astype(jnp.float32), 0.0) for x in (logp, old_logp))
-    rho = jnp.exp(jnp.clip(logp - old_logp, -20.0, 20.0))
+    logp, old_logp = (jnp.maximum(jnp.where(mask, x.astype(jnp.float32), 0.0), FLOOR) for x in (logp, old_logp))
+    rho = exp(logp - old_logp)
 
     def backward(carry, column):
         rho, reward, value, chosen = column

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from alignax import reduce
+from alignax.losses._ratios import exp
 from alignax.losses.divergence import full_kl
 from alignax.types import Array, Model, Params, Scalar
 
@@ -59,13 +60,13 @@ def conjugate_gradient(
 def accept_improvement(
     kl: Array, improvement: Array, expected: Array, max_kl: Scalar, *, kl_slack: Scalar = 1.5
 ) -> Array:
-    """Acceptance of OpenAI baselines: KL <= kl_slack * max_kl and improvement >= 0."""
+    """TRPO, OpenAI baselines' acceptance: KL <= kl_slack * max_kl and improvement >= 0."""
     del expected
     return (kl <= kl_slack * max_kl) & (improvement >= 0)
 
 
 def accept_expected(kl: Array, improvement: Array, expected: Array, max_kl: Scalar, *, least: Scalar = 0.1) -> Array:
-    """Acceptance of the textbook: KL <= max_kl and improvement >= least * what the gradient promises for this step."""
+    """TRPO, textbook acceptance: KL <= max_kl and improvement >= least * what the gradient promises for this step."""
     return (kl <= max_kl) & (improvement >= least * expected)
 
 
@@ -95,7 +96,7 @@ def surrogate(
     logp, old_logp = (
         jnp.take_along_axis(jax.nn.log_softmax(x), actions[..., None], axis=2)[..., 0] for x in (logits, old_logits)
     )
-    ratio = jnp.exp(jnp.clip(logp - jax.lax.stop_gradient(old_logp), -20.0, 20.0))
+    ratio = exp(logp - jax.lax.stop_gradient(old_logp))
     advantages = jax.lax.stop_gradient(jnp.where(mask != 0, advantages.astype(jnp.float32), 0.0))
     return reduce.token_mean(ratio * advantages, mask).value()
 
@@ -155,7 +156,8 @@ def trpo_step(
     """TRPO: maximise mean r A subject to mean KL(old || new) <= max_kl, by a natural gradient step and a line search.
 
     The first of the steps shrink^k, k < backtracks, that is accepted is taken; where none is, or all is NaN, the
-    parameters stay as they are. See "Trust Region Policy Optimization", Schulman et al.
+    parameters stay as they are. By default a step may spend 1.5 max_kl, as in OpenAI baselines; `accept_expected` holds
+    it to max_kl. See "Trust Region Policy Optimization", Schulman et al.
     (https://arxiv.org/abs/1502.05477), section 6 and appendix C.
 
     Args:

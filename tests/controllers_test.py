@@ -54,3 +54,17 @@ def test_adaptive_entropy(entropy, expected):
 def test_coefficients_stay_between_their_limits(rule, down, up):
     np.testing.assert_allclose(rule(0.5, down, low=0.499, high=0.501), 0.499, rtol=1e-6)
     np.testing.assert_allclose(rule(0.5, up, low=0.499, high=0.501), 0.501, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [functools.partial(controllers.adaptive_kl, **LIMITS), controllers.ppo_paper_kl, controllers.adaptive_entropy],
+)
+def test_a_measurement_that_is_nan_changes_nothing(rule):
+    assert rule(0.25, jnp.nan) == 0.25
+
+
+@pytest.mark.parametrize("name", ["target", "horizon"])
+def test_a_kl_is_held_to_something(name):
+    with pytest.raises(ValueError, match=f"adaptive_kl: {name}=0; expected {name} > 0"):
+        controllers.adaptive_kl(0.2, 6.0, **LIMITS | {name: 0.0})

@@ -52,6 +52,12 @@ def test_weights_are_constants(name):
         np.testing.assert_array_equal(gradient, jnp.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name.startswith("truncated")])
+def test_a_cap_of_0_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: cap=0; expected cap > 0"):
+        getattr(corrections, name)(*sample(), cap=0.0)
+
+
 def test_a_weighted_loss_is_that_of_the_policy_that_sampled():
     """Samples of one policy, weighted, have the expectation of another: exact, over all tokens of a vocabulary."""
     sampled, old = (jax.nn.log_softmax(x) for x in jax.random.normal(jax.random.key(0), (2, 5)))

@@ -29,6 +29,12 @@ def test_weights_leave_out_and_repeat():
     np.testing.assert_array_equal(jnp.stack(update(running, x, 0 * weights)), jnp.stack(running))
 
 
+def test_nan_never_counts():
+    x, update = jnp.array([1.0, jnp.nan, 3.0]), jax.jit(moments.update_moments)
+    for weights in (None, jnp.ones(3)):
+        np.testing.assert_allclose(update(moments.Moments.init(), x, weights), (2.0, 2.0, 2.0), rtol=1e-6)
+
+
 def test_no_spread_is_0():
     running = moments.Moments.init()
     assert running.variance() == 0 and running.std() == 0

@@ -113,6 +113,17 @@ def test_vtrace_on_policy_is_the_lambda_return():
     close(returns.vtrace(logp, logp, *rows, **keywords)[1], returns.lambda_returns(*rows, **keywords))
 
 
+def test_vtrace_of_a_token_impossible_under_both_policies():
+    x, one = jnp.full((1, 2), -jnp.inf), jnp.ones((1, 2))
+    jax.tree.map(np.testing.assert_array_equal, returns.vtrace(x, x, one, one, one), returns.vtrace(*[one] * 5))
+
+
+def test_no_steps_at_all_are_refused():
+    x = jnp.ones((1, 2))
+    with pytest.raises(ValueError, match=r"n_step_returns: n=0; expected 1 or more"):
+        returns.n_step_returns(x, x, x, n=0)
+
+
 def test_returns_are_constants_and_bad_shapes_are_refused():
     x = jnp.ones((2, 3))
 

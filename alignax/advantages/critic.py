@@ -17,11 +17,12 @@ def gae(
     lambda_: Scalar = 0.95,
     bootstrap: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalised advantage estimation over the masked-in tokens: A_t = delta_t + gamma lambda A_{t+1}.
+    """GAE, generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t.
 
-    delta_t = r_t + gamma V_{t+1} - V_t, where t + 1 is the next masked-in token of the row: masked-out tokens, also
+    t + 1 is the next masked-in token of the row: masked-out tokens, also
     in the middle (tool output), are skipped as if they were not there. See "High-Dimensional Continuous Control Using
-    Generalized Advantage Estimation", Schulman et al. (https://arxiv.org/abs/1506.02438), eq. 16.
+    Generalized Advantage Estimation", Schulman et al. (https://arxiv.org/abs/1506.02438), eq. 16. TRL and
+    lm-human-preferences do not skip: with a mask of ones it is theirs.
 
     Args:
       rewards: `[B, T]`, the reward for emitting each token.

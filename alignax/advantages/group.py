@@ -55,8 +55,7 @@ def group_relative_batch(rewards: Float[Array, "B G"], *, eps: Scalar = 1e-4, dd
 def group_centred(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """Dr. GRPO: r - mean of the group, not divided, so that hard and easy prompts are not weighed up.
 
-    See "Understanding R1-Zero-Like Training: A Critical Perspective", Liu et al. (https://arxiv.org/abs/2503.20783),
-    section 3.2.
+    See "Understanding R1-Zero-Like Training: A Critical Perspective", Liu et al. (https://arxiv.org/abs/2503.20783).
 
     Args:
       rewards: `[B, G]`, NaN for an answer without one.
@@ -71,12 +70,13 @@ def group_centred(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
 def leave_one_out(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """RLOO, leave one out: r_i - mean of the group's other rewards = G / (G - 1) (r_i - mean).
 
-    The baseline does not depend on the sample, and the gradient stays unbiased. See "Back to Basics: Revisiting
+    The baseline does not depend on the sample, and the gradient stays unbiased. TRL's `normalize_advantages` is
+    `alignax.reduce.whiten` of these, but for its eps. See "Back to Basics: Revisiting
     REINFORCE Style Optimization for Learning from Human Feedback in LLMs", Ahmadian et al.
-    (https://arxiv.org/abs/2402.14740), section 2.3.
+    (https://arxiv.org/abs/2402.14740).
 
     Args:
-      rewards: `[B, G]`, NaN for an answer without one; G is then the number of the others that have one. An answer
+      rewards: `[B, G]`, NaN for an answer without one; G is then the number of those that have one. An answer
         without others gets 0.
 
     Raises:
@@ -92,7 +92,7 @@ def opo(rewards: Float[Array, "B G"], lengths: Real[Array, "B G"]) -> Float[Arra
     """OPO, on-policy optimal baseline: r_i - sum_j l_j r_j / sum_j l_j, answers weighed by their lengths.
 
     The baseline of least variance when the squared gradient of an answer grows with its length. See "On-Policy RL with
-    Optimal Reward Baseline", Hao et al. (https://arxiv.org/abs/2505.23585), section 3.
+    Optimal Reward Baseline", Hao et al. (https://arxiv.org/abs/2505.23585).
 
     Args:
       rewards: `[B, G]`, NaN for an answer without one.

@@ -19,7 +19,7 @@ def remax(rewards: Float[Array, "B T"], baseline: Float[Array, " B"], mask: Arra
     """ReMax: A_t = sum_{s >= t} r_s - b, b the reward of the greedy answer to the same prompt.
 
     See "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models", Li
-    et al. (https://arxiv.org/abs/2310.10505), eq. 8.
+    et al. (https://arxiv.org/abs/2310.10505).
 
     Args:
       rewards: `[B, T]`, the reward for emitting each token.

@@ -34,7 +34,7 @@ def best_of_n_kl(n: Numbers) -> np.ndarray:
     """KL of best of n from the policy it samples: log n - (n - 1) / n, in nats.
 
     Exact where no two answers have the same reward, an upper bound elsewhere. See "Theoretical guarantees on the
-    best-of-n alignment policy", Beirami et al. (https://arxiv.org/abs/2401.01879), theorem 1.
+    best-of-n alignment policy", Beirami et al. (https://arxiv.org/abs/2401.01879).
 
     Raises:
       ValueError: for n below 1.
@@ -191,8 +191,7 @@ def tournament(
 ) -> Tournament:
     """Tournament: neighbours meet, winners advance, the odd one out gets a bye; M - 1 comparisons rank M answers.
 
-    See "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", Zhao et al. (https://arxiv.org/abs/2305.10425),
-    section 3.2.
+    See "SLiC-HF: Sequence Likelihood Calibration with Human Feedback", Zhao et al. (https://arxiv.org/abs/2305.10425).
 
     Args:
       prefer: `(i, j)` -> probability that answer i is better than j; a judge that sees an order should be asked in both
@@ -201,7 +200,7 @@ def tournament(
       order: in which they line up, a permutation of 0 to M - 1; shuffle it. As they come when None.
 
     Raises:
-      ValueError: for a count below 1, or an order that is no permutation.
+      ValueError: for a count below 1, an order that is no permutation, or a preference that is no probability.
     """
     standing = list(range(count)) if order is None else [int(i) for i in order]
     if count < 1 or sorted(standing) != list(range(count)):
@@ -218,7 +217,9 @@ def tournament(
 def hybrid_weights(online: Numbers, *, fraction: float) -> np.ndarray:
     """Hybrid batches: weights whose mean is fraction * mean(online rows) + (1 - fraction) * mean(offline rows).
 
-    For a mean sum(w x) / sum(w); they add up to the number of rows. Where one side is empty the other counts whole.
+    For a mean sum(w x) / sum(w); they add up to the number of rows. Where one side is empty the other counts whole. See
+    "Iterative Preference Learning from Human Feedback: Bridging Theory and Practice for RLHF under KL-Constraint",
+    Xiong et al. (https://arxiv.org/abs/2312.11456), for learning from both.
 
     Args:
       online: `[B]`, which rows were sampled from the current policy.
@@ -238,6 +239,8 @@ def hybrid_weights(online: Numbers, *, fraction: float) -> np.ndarray:
 
 def _decided(prefer: Callable[[int, int], float], i: int, j: int) -> tuple[int, int]:
     chance = prefer(i, j)
+    if not 0 <= chance <= 1:  # NaN is not
+        raise ValueError(f"tournament: prefer({i}, {j}) is {chance}; expected a probability")
     first = i < j if abs(chance - 0.5) < 1e-6 else chance > 0.5
     return (i, j) if first else (j, i)
 

@@ -26,8 +26,10 @@ from alignax.losses.distributional import aot_unpaired as aot_unpaired
 from alignax.losses.divergence import absolute as absolute
 from alignax.losses.divergence import full_kl as full_kl
 from alignax.losses.divergence import k1 as k1
+from alignax.losses.divergence import k1_straight_through as k1_straight_through
 from alignax.losses.divergence import k2 as k2
 from alignax.losses.divergence import k3 as k3
+from alignax.losses.divergence import k3_capped as k3_capped
 from alignax.losses.divergence import k3_forward as k3_forward
 from alignax.losses.divergence import k3_straight_through as k3_straight_through
 from alignax.losses.dynamic_beta import beta_dpo as beta_dpo

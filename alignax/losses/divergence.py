@@ -4,7 +4,10 @@ See "Approximating KL Divergence", Schulman (http://joschu.net/blog/kl-approx.ht
 estimate KL(pi || ref). As a *reward*, use k1: its expectation is the KL, and so is that of its policy gradient. As a
 *loss*, use k2 or `k3_straight_through`, whose expected gradient is that of KL(pi || ref); the gradient of k3 (GRPO as
 published) is that of KL(ref || pi), and k1's is zero in expectation. From samples of the other policy, as PPO has them
-of the old one, `k3_forward` estimates KL(ref || pi).
+of the old one, `k3_forward` estimates KL(ref || pi). Log-probabilities count for no less than -1e4.
+
+How far a policy has moved since it sampled, `approx_kl`, is the mean of `k3(old_logp, logp, mask)` here, of
+`k1(old_logp, logp, mask)` in verl and OpenRLHF, of `k2` in TRL and lm-human-preferences.
 """
 
 import chex
@@ -12,35 +15,45 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.types import Array
+from alignax.losses._ratios import FLOOR
+from alignax.types import Array, Scalar
 
 
 def k1(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """d. Unbiased, of high variance, may be negative."""
+    """k1: d. Unbiased, of high variance, may be negative."""
     return _difference(logp, ref_logp, mask)
 
 
 def k2(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """d^2 / 2. Biased, never negative; its gradient is unbiased."""
+    """k2: d^2 / 2. Biased, never negative; its gradient is unbiased."""
     return _difference(logp, ref_logp, mask) ** 2 / 2
 
 
 def k3(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """exp(-d) - 1 + d. Unbiased and never negative. d is clipped to [-20, 20] so that no token can overflow."""
+    """k3: exp(-d) - 1 + d. Unbiased and never negative. d is clipped to [-20, 20] so that no token can overflow."""
     d = jnp.clip(_difference(logp, ref_logp, mask), -20.0, 20.0)
     return jnp.expm1(-d) + d
 
 
+def k3_capped(
+    logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array, *, cap: Scalar = 10.0
+) -> Float[Array, "B T"]:
+    """k3, verl's cap: min(exp(-d) - 1 + d, cap), without a gradient beyond it. Biased."""
+    return jnp.minimum(k3(logp, ref_logp, mask), cap)
+
+
+def k1_straight_through(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
+    """k1, straight through (verl's k1+): the value of k1, d, with the gradient of k2; both unbiased."""
+    return _straight_through(k1(logp, ref_logp, mask), k2(logp, ref_logp, mask))
+
+
 def k3_straight_through(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """The value of `k3` with the gradient of `k2`: never negative and unbiased, and its gradient is unbiased too."""
-    # k2 of a token of probability 0 is infinite, and its difference from itself NaN
-    d = jnp.clip(_difference(logp, ref_logp, mask), -1e4, 1e4)
-    gradient = d**2 / 2
-    return gradient - jax.lax.stop_gradient(gradient) + jax.lax.stop_gradient(k3(logp, ref_logp, mask))
+    """k3, straight through (verl's k3+): the value of k3, exp(-d) - 1 + d, with the gradient of k2; both unbiased."""
+    return _straight_through(k3(logp, ref_logp, mask), k2(logp, ref_logp, mask))
 
 
 def k3_forward(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """exp(d) - 1 - d: KL(ref || pi) from samples of *ref*, unbiased in value and gradient and never negative.
+    """k3, forward: exp(d) - 1 - d, KL(ref || pi) from samples of ref; unbiased in value and gradient, never negative.
 
     With the policy that sampled as ref it is the penalty of PPO's second objective (`ppo_penalty`). d is clipped to
     [-20, 20] so that no token can overflow.
@@ -50,15 +63,15 @@ def k3_forward(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: A
 
 
 def absolute(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
-    """|d|: how far the policies are apart on the sampled tokens. Not a KL; for monitoring."""
+    """Absolute difference: |d|, how far the policies are apart on the sampled tokens. Not a KL; for monitoring."""
     return jnp.abs(_difference(logp, ref_logp, mask))
 
 
 def full_kl(logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], mask: Array) -> Float[Array, "B T"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v), exact: p and q are the softmax of logits and ref_logits.
+    """KL over the vocabulary: sum_v p_v (log p_v - log q_v), p and q the softmax of logits and ref_logits.
 
-    The estimator of least variance, for `[B, T, V]` of both policies. Swap the arguments for KL(q || p). Neither side
-    is a constant: stop the gradient of the one that is frozen.
+    KL(p || q), exact, where `[B, T, V]` of both policies is at hand. Swap the arguments for KL(q || p). Neither side is
+    a constant: stop the gradient of the one that is frozen.
 
     Args:
       logits, ref_logits: `[B, T, V]`, of the distribution each token was drawn from.
@@ -75,8 +88,13 @@ def full_kl(logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], ma
     return jnp.sum(jnp.where(possible, jnp.exp(logp) * (logp - ref_logp), 0.0), axis=-1)
 
 
+def _straight_through(value: Array, gradient: Array) -> Float[Array, "B T"]:
+    return gradient - jax.lax.stop_gradient(gradient) + jax.lax.stop_gradient(value)
+
+
 def _difference(logp: Array, ref_logp: Array, mask: Array) -> Array:
     chex.assert_rank([logp, ref_logp, mask], 2)
     chex.assert_equal_shape([logp, ref_logp, mask])
     logp, ref_logp = (jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (logp, ref_logp))
-    return logp - jax.lax.stop_gradient(ref_logp)
+    # a token of probability 0 under both is as probable under either: 0, not NaN
+    return jnp.maximum(logp, FLOOR) - jax.lax.stop_gradient(jnp.maximum(ref_logp, FLOOR))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from alignax.losses import _bounded as bounded
 from alignax.losses._checks import check, check_positive
 from alignax.losses._logistic import binary_cross_entropy
+from alignax.losses._ratios import FLOOR
 from alignax.losses._sides import Divergence, log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.losses.f_divergence import f_reverse_kl
@@ -195,5 +196,5 @@ def _log_ratio(logp: Array, ref_logp: Array, mask: Array) -> tuple[Array, Array]
     chex.assert_equal_shape([logp, ref_logp, mask])
     logp, ref_logp = (jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (logp, ref_logp))
     # the floor of `Response.sum`: a token of probability 0 times a weight of 0 would be NaN
-    logp, ref_logp = jnp.maximum(logp, -1e4), jnp.maximum(ref_logp, -1e4)
+    logp, ref_logp = jnp.maximum(logp, FLOOR), jnp.maximum(ref_logp, FLOOR)
     return logp, jax.lax.stop_gradient(logp - ref_logp)

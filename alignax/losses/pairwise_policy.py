@@ -36,7 +36,8 @@ def p3o_joint(
 
     q is the gap of the rewards, p the weight of an old pair: see the top of this module. See "Pairwise Proximal Policy
     Optimization: Harnessing Relative Feedback for LLM Alignment", Wu et al. (https://arxiv.org/abs/2310.00212), its
-    second variant.
+    second variant. Twice its sum over a batch, over the number of tokens of all samples, is the author's
+    `avg_tokenwise`.
 
     Args:
       first, second: the two samples.

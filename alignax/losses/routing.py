@@ -10,9 +10,10 @@ from alignax.types import Array, Mean
 
 
 def load_balancing(aux: Mapping[str, Array], expert_load: Float[Array, " E"] | None = None) -> Mean:
-    """E sum_e f_e P_e over E experts: f_e choices of e per token, P_e its mean probability; k when all are even.
+    """Load balancing: E sum_e f_e P_e over E experts, f_e choices of e per token, P_e its mean probability.
 
-    Both are taken over the tokens of all layers together, as transformers does. Only P has a gradient.
+    k when all are even. Both are taken over the tokens of all layers together, as transformers does. Only P has a
+    gradient.
 
     See "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity", Fedus et al.
     (https://arxiv.org/abs/2101.03961), eq. 4.
@@ -35,13 +36,17 @@ def load_balancing(aux: Mapping[str, Array], expert_load: Float[Array, " E"] | N
 
 
 def mean_load(aux: Mapping[str, Array]) -> Mean:
-    """f [E]: how many of a token's choices are expert e, over the tokens of all layers; it sums to k."""
+    """Expert load: f_e = choices of expert e / tokens, over the tokens of all layers; it sums to k.
+
+    See "Switch Transformers: Scaling to Trillion Parameter Models with Simple and Efficient Sparsity", Fedus et al.
+    (https://arxiv.org/abs/2101.03961), eq. 5, where k is 1.
+    """
     _check(aux)
     return Mean(jnp.sum(aux["expert_tokens"], axis=0), aux["router_rows"])
 
 
 def router_z(aux: Mapping[str, Array]) -> Mean:
-    """The mean over tokens and layers of logsumexp(logits)^2, which keeps the router's logits small.
+    """Router z-loss: logsumexp(logits)^2, its mean over tokens and layers; keeps the router's logits small.
 
     See "ST-MoE: Designing Stable and Transferable Sparse Expert Models", Zoph et al.
     (https://arxiv.org/abs/2202.08906), eq. 5.

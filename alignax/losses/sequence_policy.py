@@ -130,8 +130,8 @@ def luspo(
     """LUSPO, unbiased by length: -length min(s A, clip(s, 1 - clip_low, 1 + clip_high) A), s as in GSPO.
 
     Each token of a long response then moves as far as one of a short response, where GSPO divides by the length. See
-    "Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response Length Variation in RLVR"
-    (https://arxiv.org/abs/2602.05261). Published with `alignax.reduce.sequence_mean`.
+    "Length-Unbiased Sequence Policy Optimization: Revealing and Controlling Response Length Variation in RLVR",
+    Liu et al. (https://arxiv.org/abs/2602.05261). Published with `alignax.reduce.sequence_mean`.
 
     Args:
       logp, old_logp, advantages, mask: `[B, T]`, as for `rloo`.
@@ -181,8 +181,8 @@ def vespo(
     """VESPO, soft sequence weights: -sg(p^k exp(c (1 - p))) A log pi(y_t), k and c by the sign of A, p = prod_t r_t.
 
     The weight of a whole response, without a cut or a length in it: 1 at p = 1, and small wherever p is far from there.
-    See "VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training"
-    (https://arxiv.org/abs/2602.10693). Published with `alignax.reduce.token_mean`.
+    See "VESPO: Variational Sequence-Level Soft Policy Optimization for Stable Off-Policy LLM Training",
+    Shen et al. (https://arxiv.org/abs/2602.10693). Published with `alignax.reduce.token_mean`.
 
     Args:
       logp, old_logp, advantages, mask: `[B, T]`, as for `rloo`.

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from alignax.losses._checks import check_positive
 from alignax.types import Array, Scalar
 
 
@@ -16,11 +17,12 @@ def value_clip(
     *,
     clip: Scalar | None = 0.2,
 ) -> Float[Array, "B T"]:
-    """Clipped squared error: max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2.
+    """Value loss, clipped: max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) / 2.
 
     A value that has moved away from the old one by more than eps, towards the return, learns no further from these
     rows. PPO's own code brought the clip; see "Implementation Matters in Deep Policy Gradients: A Case Study on PPO and
-    TRPO", Engstrom et al. (https://arxiv.org/abs/2005.12729), section 3.
+    TRPO", Engstrom et al. (https://arxiv.org/abs/2005.12729). The clip is 0.2 in TRL, 0.5 in verl and OpenRLHF. Where a
+    critic is to predict the final score from every partial answer, `returns` is that score on every token.
 
     Args:
       values: `[B, T]` of the critic that is trained.
@@ -28,7 +30,12 @@ def value_clip(
       returns: `[B, T]`, what the values should be, a constant.
       mask: `[B, T]`, the tokens whose values are learned.
       clip: eps, in units of the returns; None for plain (V - R)^2 / 2.
+
+    Raises:
+      ValueError: for a clip known to be 0 or less.
     """
+    if clip is not None:
+        check_positive("value_clip", clip=clip)
     arrays = (values, old_values, returns)
     chex.assert_rank([*arrays, mask], 2)
     chex.assert_equal_shape([*arrays, mask])

@@ -23,9 +23,10 @@ NAMES = ("policy", "reference", "weight")
 def geometric_mixture_logits(
     policy_logits: Float[Array, "... V"], ref_logits: Float[Array, "... V"], *, mix: Scalar
 ) -> Float[Array, "... V"]:
-    """(1 - b) policy_logits + b ref_logits, float32: the logits of pi^(1-b) ref^b, normalisers being constants.
+    """Geometric mixture, logits: (1 - b) policy_logits + b ref_logits, those of pi^(1-b) ref^b, normalisers aside.
 
-    A token that one of the two excludes (-inf) is excluded, unless that one has no weight.
+    See "Nash Learning from Human Feedback", Munos et al. (https://arxiv.org/abs/2312.00886), section 7. A
+    token that one of the two excludes (-inf) is excluded, unless that one has no weight.
 
     Args:
       policy_logits, ref_logits: over the same vocabulary.
@@ -49,7 +50,9 @@ def geometric_mixture_logits(
 
 
 def mixture(model: Model) -> Model:
-    """The geometric mixture of two parameter sets of one model.
+    """Geometric mixture, model: pi^(1-b) ref^b token by token, of two parameter sets of one model.
+
+    See "Nash Learning from Human Feedback", Munos et al. (https://arxiv.org/abs/2312.00886), section 7.
 
     Parameters are `{"policy": params, "reference": params, "weight": b}`, b being the reference's part: an array, so
     that changing it compiles nothing. Both networks run, and both keep a cache. It samples and scores; there is no

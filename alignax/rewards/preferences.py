@@ -120,9 +120,10 @@ def compare(
     columns: Mapping[str, Sequence[Any]] | None = None,
     sides: Mapping[str, tuple[Sequence[Any], Sequence[Any]]] | None = None,
 ) -> np.ndarray:
-    """The preference for the first completions, float32 `[B]`: asked in both orders, averaged, checked.
+    """Preference in both orders: (p(first, second) + 1 - p(second, first)) / 2, float32 `[B]`, checked.
 
-    Identical completions get 1/2.
+    Which order a judge is shown changes what it says. Identical completions get 1/2. See "RLAIF vs. RLHF: Scaling
+    Reinforcement Learning from Human Feedback with AI Feedback", Lee et al. (https://arxiv.org/abs/2309.00267).
 
     Args:
       prefer: `(prompts, first, second, **columns) -> list[float]`; it takes the columns it knows and `**_` for others.
@@ -143,7 +144,7 @@ def compare(
 
 
 def shift_preference(preference: np.ndarray, logits: Scalar | np.ndarray) -> np.ndarray:
-    """sigmoid(logit(p) + logits): what a penalty in units of a Bradley-Terry score does to a preference.
+    """Shifted preference: sigmoid(logit(p) + logits), what a penalty of a Bradley-Terry score does to a preference.
 
     Where the shift is 0 nothing changes; elsewhere p is kept 1e-6 away from 0 and 1, so that certainty can be shifted.
     """

@@ -1,6 +1,11 @@
 """From scores of whole rows to rewards of tokens, and what may be done to scores before. All results are constants.
 
-The usual order: rows that did not end, then normalisation (`alignax.moments`), then `jnp.clip`, then `shaped_rewards`.
+The usual order: rows that did not end, then normalisation (`alignax.moments`), then `jnp.clip` (DeepSpeed-Chat +-5,
+OpenRLHF +-10), then `shaped_rewards`.
+
+Where other libraries put the score: verl and OpenRLHF at the last token, as here; TRL's PPO one column behind it, for
+which mask (of critic and advantages too) and columns go on by one, `logp` and `ref_logp` equal there;
+lm-human-preferences in the last column of rows that all have one length, for which the mask is ones.
 """
 
 from collections.abc import Callable
@@ -25,17 +30,17 @@ def shaped_rewards(
     kl_coef: Scalar,
     kl: Callable[..., Array] = losses.k1,
 ) -> Float[Array, "B T"]:
-    """-kl_coef * kl for every token, and the row's score at its last token: RLHF's reward, token by token.
+    """KL-shaped rewards: r_t = -kl_coef kl_t, and the row's score in addition at its last token.
 
     See "Fine-Tuning Language Models from Human Preferences", Ziegler et al. (https://arxiv.org/abs/1909.08593), eq. 2.
 
     Args:
-      scores: `[B]`, of whole rows.
+      scores: `[B]`, of whole rows. NaN stays NaN: take rows that could not be scored out of the mask.
       logp, ref_logp: `[B, T]`, under the policy that sampled and the reference.
       mask: `[B, T]`, the tokens the policy chose. A row without any gets zeros, whatever its score.
       kl_coef: what a nat of KL costs (paper: beta).
-      kl: estimator of `alignax.losses`. With k1 the policy gradient is that of KL(policy || reference); others are
-        biased here.
+      kl: estimator of `alignax.losses`, or any `(logp, ref_logp, mask)`. With k1 the policy gradient is that of
+        KL(policy || reference); others are biased here, max(k1, 0) as Fact-RLHF has it among them.
 
     Returns:
       `[B, T]`, 0 where masked out.
@@ -51,7 +56,7 @@ def shaped_rewards(
 
 
 def subtract_missing_eos(scores: Float[Array, " B"], finished: Array, *, penalty: Scalar = 1.0) -> Float[Array, " B"]:
-    """score - penalty for rows that did not end by themselves: what they said still counts (TRL).
+    """Missing EOS, subtracted: score - penalty for rows that did not end by themselves; what they said counts (TRL).
 
     Args:
       scores: `[B]`.
@@ -62,7 +67,7 @@ def subtract_missing_eos(scores: Float[Array, " B"], finished: Array, *, penalty
 
 
 def replace_missing_eos(scores: Float[Array, " B"], finished: Array, *, score: Scalar = -1.0) -> Float[Array, " B"]:
-    """A fixed score for rows that did not end by themselves, whatever they said.
+    """Missing EOS, replaced: a fixed score for rows that did not end by themselves, whatever they said.
 
     See "The N+ Implementation Details of RLHF with PPO: A Case Study on TL;DR Summarization", Huang et al.
     (https://arxiv.org/abs/2403.17031), the "EOS trick".
@@ -76,7 +81,9 @@ def replace_missing_eos(scores: Float[Array, " B"], finished: Array, *, score: S
 
 
 def scale_missing_eos(scores: Float[Array, " B"], finished: Array, *, factor: Scalar) -> Float[Array, " B"]:
-    """score * factor for rows that did not end by themselves (OpenRLHF). For scores that are never negative.
+    """Missing EOS, scaled: factor * score for rows that did not end by themselves (OpenRLHF).
+
+    For scores that are never negative.
 
     Args:
       scores: `[B]`.
@@ -94,7 +101,7 @@ def scale_missing_eos(scores: Float[Array, " B"], finished: Array, *, factor: Sc
 def soft_overlong(
     lengths: Real[Array, " B"], *, max_length: Scalar, cache: Scalar, factor: Scalar = 1.0
 ) -> Float[Array, " B"]:
-    """DAPO's soft overlong punishment: factor * clip((max_length - cache - length) / cache, -1, 0).
+    """DAPO, soft overlong punishment: factor * clip((max_length - cache - length) / cache, -1, 0).
 
     Nothing up to max_length - cache, then a straight line down to -factor; added to the rewards of correctness. See
     "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", Yu et al. (https://arxiv.org/abs/2503.14476), eq.
@@ -125,7 +132,7 @@ def llama2_scores(
     ddof: int = 1,
     eps: Scalar = 1e-8,
 ) -> Float[Array, " B"]:
-    """Two reward models as one: safety where it is at stake, helpfulness elsewhere; logits, whitened over the batch.
+    """Llama 2, two rewards as one: whiten(logit(safety where it is at stake, helpfulness elsewhere)) over the batch.
 
     See "Llama 2: Open Foundation and Fine-Tuned Chat Models", Touvron et al. (https://arxiv.org/abs/2307.09288),
     section 3.2.3.

@@ -108,6 +108,12 @@ def test_tournament_of_a_consistent_judge(count):
     assert sum(map(len, found.rounds)) == count - 1 and asked == [pair for met in found.rounds for pair in met]
 
 
+@pytest.mark.parametrize("chance", [NAN, 1.5, -0.1])
+def test_tournament_of_a_judge_who_says_no_probability(chance):
+    with pytest.raises(ValueError, match=r"prefer\(0, 1\) is .*; expected a probability"):
+        selection.tournament(lambda i, j: chance, 2)
+
+
 def test_tournament_of_a_judge_who_cannot_tell():
     found = selection.tournament(lambda i, j: 0.5 + 1e-9, 3, order=[2, 1, 0])
     assert found.winner == 0 and found.pairs.tolist() == [[1, 2], [0, 1]] and found.rounds == [[(2, 1)], [(1, 0)]]

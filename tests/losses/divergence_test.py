@@ -11,6 +11,8 @@ from alignax import losses
 
 SYMBOLS = 4
 KL = {"logp": LOGP, "ref_logp": CONSTANT}
+PLAIN = (losses.k1, losses.k2, losses.k3, losses.k3_capped, losses.k3_forward, losses.absolute)
+ESTIMATORS = (*PLAIN, losses.k1_straight_through, losses.k3_straight_through)
 
 
 def policies(seed):
@@ -43,6 +45,7 @@ def expectation(estimate, logits, weights, q):
     "estimate, value, gradient",
     [
         (losses.k1, "reverse", None),
+        (losses.k1_straight_through, "reverse", "reverse"),
         (losses.k2, None, "reverse"),
         (losses.k3, "reverse", "forward"),
         (losses.k3_straight_through, "reverse", "reverse"),
@@ -79,24 +82,28 @@ def test_full_kl_of_impossible_symbols():
 
 def test_the_reference_of_an_estimator_is_a_constant():
     x, mask = jnp.array([[-1.0, -2.0]]), jnp.ones((1, 2))
-    for estimate in (losses.k1, losses.k2, losses.k3, losses.k3_forward, losses.k3_straight_through, losses.absolute):
+    for estimate in ESTIMATORS:
         gradient = jax.grad(lambda ref, f=estimate: jnp.sum(f(x, ref, mask)))(x - 0.5)
         np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
 
 
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_a_token_impossible_under_both_does_not_tell_them_apart(estimate):
+    x, mask = jnp.full((1, 2), -jnp.inf), jnp.ones((1, 2))
+    value, gradient = jax.value_and_grad(lambda logp: jnp.sum(estimate(logp, x, mask)))(x)
+    assert value == 0 and np.all(np.isfinite(gradient))
+
+
 class TestRows(Properties):
     rows = {  # noqa: RUF012
-        **{
-            f.__name__: Row(f, tokenwise(f, "logp", "ref_logp"), getattr(references, f.__name__), KL)
-            for f in (losses.k1, losses.k2, losses.k3, losses.k3_forward, losses.absolute)
-        },
-        "k3_straight_through": Row(
-            losses.k3_straight_through,
-            tokenwise(losses.k3_straight_through, "logp", "ref_logp"),
-            references.k3,
-            KL,
-            gradient_of=references.k2,
+        **{f.__name__: Row(f, tokenwise(f, "logp", "ref_logp"), getattr(references, f.__name__), KL) for f in PLAIN},
+        "k3_capped_low": Row(
+            losses.k3_capped, tokenwise(losses.k3_capped, "logp", "ref_logp"), references.k3_capped, KL, {"cap": 0.3}
         ),
+        **{
+            f.__name__: Row(f, tokenwise(f, "logp", "ref_logp"), value, KL, gradient_of=references.k2)
+            for f, value in ((losses.k1_straight_through, references.k1), (losses.k3_straight_through, references.k3))
+        },
         "full_kl": Row(
             losses.full_kl,
             tokenwise(losses.full_kl, "logits", "ref_logits"),

@@ -32,6 +32,11 @@ def test_without_a_clip():
     np.testing.assert_allclose(pull(MASK)[0], VALUES - RETURNS, rtol=1e-6)
 
 
+def test_a_clip_of_0_is_refused():
+    with pytest.raises(ValueError, match=r"value_clip: clip=0; expected clip > 0"):
+        of(VALUES, clip=0.0)
+
+
 @pytest.mark.parametrize("clip", [0.2, None])
 def test_old_values_and_returns_are_constants(clip):
     def loss(old_values, returns):

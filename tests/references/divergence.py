@@ -26,6 +26,10 @@ def k3(x):
     return per_token(x, lambda d: math.exp(-min(max(d, -20), 20)) - 1 + min(max(d, -20), 20))
 
 
+def k3_capped(x, cap=10.0):
+    return np.minimum(k3(x), cap)
+
+
 def k3_forward(x):
     return per_token(x, lambda d: math.exp(min(max(d, -20), 20)) - 1 - min(max(d, -20), 20))
 

@@ -29,6 +29,17 @@ def test_shaped_rewards_equal_the_loop():
         np.testing.assert_allclose(ours, loop(scores, logp, ref_logp, mask, kl_coef), rtol=1e-5, atol=1e-6)
 
 
+def test_other_places_of_the_score():
+    """TRL's PPO: behind the last token, where it fits. lm-human-preferences: in the last column of equal lengths."""
+    logp, scores, mask = jnp.array([[-1.0, -2.0, 9.0], [-1.0, -2.0, -3.0]]), jnp.array([3.0, 4.0]), jnp.array([2, 3])
+    ref_logp = jnp.array([[-1.5, -2.0, 9.0], [-1.5, -2.0, -3.0]])
+    columns = jnp.arange(3)[None]
+    behind = rewards.shaped_rewards(scores, logp, ref_logp, columns <= mask[:, None], kl_coef=0.2)
+    np.testing.assert_allclose(behind, [[-0.1, 0.0, 3.0], [-0.1, 0.0, 4.0]], atol=1e-6)
+    last = rewards.shaped_rewards(scores, logp, ref_logp, jnp.ones((2, 3)), kl_coef=0.2)
+    np.testing.assert_allclose(last[:, -1], scores)
+
+
 @pytest.mark.parametrize("kl", [losses.k2, losses.k3, losses.absolute])
 def test_any_estimator_will_do(kl):
     logp, ref_logp, mask = jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -1.0]]), jnp.array([[1, 1]])
