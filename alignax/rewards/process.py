@@ -13,7 +13,7 @@ from alignax.types import Array, Scalar
 
 
 def process_product(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]:
-    """Product of the steps' scores: the probability that all steps are right.
+    """Product of the steps' scores: prod_k s_k, the probability that all steps are right.
 
     Args:
       scores: `[B, S]`, probabilities that each step is right.
@@ -23,7 +23,7 @@ def process_product(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " 
 
 
 def process_min(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]:
-    """Minimum of the steps' scores: a solution is as good as its worst step.
+    """Minimum of the steps' scores: min_k s_k; a solution is as good as its worst step.
 
     Args:
       scores: `[B, S]`, of each step.
@@ -33,7 +33,7 @@ def process_min(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]:
 
 
 def process_mean(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]:
-    """Mean of the steps' scores.
+    """Mean of the steps' scores: mean_k s_k.
 
     Args:
       scores: `[B, S]`, of each step.
@@ -44,7 +44,7 @@ def process_mean(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]
 
 
 def process_last(scores: Float[Array, "B S"], mask: Array) -> Float[Array, " B"]:
-    """Score of the last step, which has seen all others.
+    """Score of the last step: s_K, of the step that has seen all others.
 
     Args:
       scores: `[B, S]`, of each step.
