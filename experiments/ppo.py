@@ -29,6 +29,7 @@ import numpy as np
 import rollouts
 import tyro
 from actor_critic import Learner, States
+from jax.sharding import NamedSharding, PartitionSpec
 from rollouts import POLICY_LOSSES, PolicyLoss
 
 from alignax import controllers, losses, moments, reduce, rewards, sampling, sharding, train
@@ -192,7 +193,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"penalty_weight: {config.policy_loss} has no penalty; expected ppo_penalty or ppo_hybrid")
     if (config.target_kl or config.penalty_weight is not None) and config.epochs * config.minibatches == 1:
         raise ValueError(
-            "target_kl and penalty_weight look at the policy before each update but the first; a rollout has only one"
+            "target_kl and penalty_weight look at what the first update did; a rollout has only one update"
         )
     at_least_one = ("group", "epochs", "minibatches", "evaluate_prompts", "max_new_tokens", "kl_horizon")
     at_least_zero = ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight")
@@ -240,10 +241,11 @@ class Kept(NamedTuple):
     values: moments.ValueNorm
 
 
-def start(config: Config, reference: Params) -> Kept:
-    """What is kept before the first rollout."""
-    kl_coef, penalty, bonus = map(jnp.float32, (config.kl_coef, config.penalty_weight or 0.0, config.entropy_weight))
-    return Kept(reference, kl_coef, penalty, bonus, moments.Moments.init(), moments.ValueNorm.init())
+def start(config: Config, reference: Params, mesh: jax.sharding.Mesh) -> Kept:
+    """What is kept before the first rollout; its numbers lie where later ones will, so that these recompile nothing."""
+    weights = (config.kl_coef, config.penalty_weight or 0.0, config.entropy_weight)
+    numbers = (*map(jnp.float32, weights), moments.Moments.init(), moments.ValueNorm.init())
+    return Kept(reference, *jax.device_put(numbers, NamedSharding(mesh, PartitionSpec())))
 
 
 def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) -> Callable[..., tuple]:
@@ -353,7 +355,7 @@ def main(config: Config) -> dict[str, float]:
     prompts = rollouts.load_prompts(config, loaded, *([reward] if reward else []))
     sampler, learner = rollouts.make_sampler(config, loaded), actor_critic.make_learner(config, loaded, reward, mesh)
     collect, adapt = make_collect(config, sampler, learner), make_adapt(config, sampler)
-    kept = start(config, loaded.params)
+    kept = start(config, loaded.params, mesh)
     states, key = learner.states, jax.random.key(config.seed)
     questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
