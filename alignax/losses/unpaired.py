@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Shaped
 
 from alignax import reduce
-from alignax.losses._checks import check_positive
+from alignax.losses._checks import check, check_positive
 from alignax.losses._sides import check_reference, log_ratio
 from alignax.types import Array, Mean, Response, Scalar
 
@@ -42,11 +42,11 @@ def kto(
       undesirable_weight: of bad answers, one number or `[B]` (paper: lambda_U).
 
     Raises:
-      ValueError: for a beta known not to be above 0, answers without a reference, a kl that is not one number.
+      ValueError: for a beta known not to be above 0, answers without a reference, a kl that is not one number,
+        labels known to be other than 0 and 1.
     """
     check_positive("kto", beta=beta)
-    check_reference("kto", response)
-    x, sign, weight = _classes(response, desirable, desirable_weight, undesirable_weight)
+    x, sign, weight = _classes("kto", response, desirable, desirable_weight, undesirable_weight)
     z0 = jnp.maximum(_constant("kto", "kl", kl), 0.0)
     return weight * jax.nn.sigmoid(-sign * beta * (x - z0))
 
@@ -94,11 +94,11 @@ def bco(
         prompts.
 
     Raises:
-      ValueError: for a beta known not to be above 0, answers without a reference, a delta that is not one number.
+      ValueError: for a beta known not to be above 0, answers without a reference, a delta that is not one
+        number, labels known to be other than 0 and 1.
     """
     check_positive("bco", beta=beta)
-    check_reference("bco", response)
-    x, sign, weight = _classes(response, desirable, 1.0, undesirable_weight)
+    x, sign, weight = _classes("bco", response, desirable, 1.0, undesirable_weight)
     return weight * jax.nn.softplus(-sign * (beta * x - _constant("bco", "delta", delta)))
 
 
@@ -114,11 +114,12 @@ def udm_weights(probability: Float[Array, " B"], *, low: Scalar = 0.5, high: Sca
       low, high: the range of the weights.
 
     Raises:
-      ValueError: for low above high, or below 0.
+      ValueError: for low above high, or below 0; for a probability known to lie outside [0, 1].
     """
     if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not 0 <= low <= high:
         raise ValueError(f"udm_weights: low={low}, high={high}; expected 0 <= low <= high")
     chex.assert_rank(probability, 1)
+    check("udm_weights", "probability", probability, lambda x: (x >= 0) & (x <= 1), "0 <= probability <= 1")
     p = jax.lax.stop_gradient(probability.astype(jnp.float32))
     return jnp.clip(p / (1 - p + 1e-8), low, high)
 
@@ -177,11 +178,13 @@ def bco_delta(delta: Scalar, count: Scalar, batch: Mean) -> tuple[Array, Array]:
 
 
 def _classes(
-    response: Response, desirable: Array, desirable_weight: Scalar, undesirable_weight: Array | Scalar
+    loss: str, response: Response, desirable: Array, desirable_weight: Scalar, undesirable_weight: Array | Scalar
 ) -> tuple[Array, Array, Array]:
     """x, the sign of the answer's class (1 for good, -1 for bad) and the weight of its class; all `[B]`."""
+    check_reference(loss, response)
     x = log_ratio(response)
     chex.assert_shape(desirable, x.shape)
+    check(loss, "desirable", desirable, lambda x: (x == 0) | (x == 1), "0 or 1")  # not 1 or -1, both of them true
     good, undesirable = desirable != 0, jax.lax.stop_gradient(jnp.asarray(undesirable_weight, jnp.float32))
     if undesirable.shape not in ((), x.shape):
         raise ValueError(f"undesirable_weight of shape {undesirable.shape}; expected a number or {x.shape}")

@@ -137,6 +137,11 @@ def test_refusals():
         bco(x, undesirable_weight=jnp.ones(3))
     with pytest.raises(ValueError, match=r"udm_weights: low=2\.0, high=1\.0; expected 0 <= low <= high"):
         losses.udm_weights(jnp.ones(2), low=2.0, high=1.0)
+    with pytest.raises(ValueError, match=r"udm_weights: probability=1.5; expected 0 <= probability <= 1"):
+        losses.udm_weights(jnp.array([0.5, 1.5]))
+    for name, loss in (("kto", kto), ("bco", bco)):
+        with pytest.raises(ValueError, match=f"{name}: desirable=-1; expected 0 or 1"):
+            loss(x | {"desirable": jnp.array([1, -1, 1, -1])})
 
 
 class TestRows(Properties):
