@@ -28,6 +28,9 @@ from alignax.types import Array, Max, Mean, Scalar
 def token_ratio(old_logp: Float[Array, "B T"], rollout_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
     """Token ratio: r_t = exp(old_logp - rollout_logp), its logarithm clipped to [-20, 20].
 
+    See "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", Yao et al.
+    (https://fengyao.notion.site/off-policy-rl).
+
     Args:
       old_logp: `[B, T]`, of the trainer before it learns from these rows.
       rollout_logp: `[B, T]`, as the sampler reported them.
@@ -180,9 +183,8 @@ def geometric_rejection(
 ) -> Float[Array, "B T"]:
     """Geometric rejection: 1 on a row whose geometric ratio g has low <= g <= high, else 0.
 
-    Bounds this tight keep the rows whose average token moved by a thousandth. verl's `seq_mean_k1`; see "When Speed
-    Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch", Liu et al.
-    (https://richardli.xyz/rl-collapse).
+    Bounds this tight keep the rows whose average token moved by a thousandth. See "When Speed Kills Stability:
+    Demystifying RL Collapse from the Training-Inference Mismatch", Liu et al. (https://richardli.xyz/rl-collapse).
 
     Args:
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
