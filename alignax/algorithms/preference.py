@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
 from alignax.logprobs import predicted, score
-from alignax.losses.extras import needed, needs_whole_batch
+from alignax.losses.extras import needed, needs_whole_batch, reads_reference
 from alignax.types import Array, LossFn, Mean, Model, Params, Response, Scalar, Term
 
 COMPUTED = ("log_sum_p2", "forward_kl")  # extras that come from the models; all others come with the batch
@@ -96,9 +96,10 @@ def make_loss(
 
     Returns:
       `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `frozen` is `{"reference": params}`, or
-      None where the batch brings `ref_logp` or the loss needs no reference. Metrics: `rewards/chosen`,
-      `rewards/rejected`, `rewards/margins` (beta times `reward`), `rewards/accuracies` (a tie counts as wrong),
-      `logps/chosen`, `logps/rejected`, and the means of computed extras (`kl/chosen`, `kl/rejected` of TDPO).
+      None where the batch brings `ref_logp` or the loss needs no reference (`losses.without_reference`). Metrics:
+      `rewards/chosen`, `rewards/rejected`, `rewards/margins` (beta times `reward`), `rewards/accuracies` (a tie counts
+      as wrong), `logps/chosen`, `logps/rejected`, and the means of computed extras (`kl/chosen`, `kl/rejected` of
+      TDPO).
       A loss that needs the whole batch (AOT) is refused with micro-batches and under pmap.
     """
     parameters = inspect.signature(loss).parameters
@@ -108,6 +109,11 @@ def make_loss(
         batch, hyper = blank(batch), dict(hyper)
         weight = hyper.pop("nll_weight", nll_weight)
         chosen, rejected = sides(model, params, batch, frozen, needed(loss), whole_rows=nll_over_prompt)
+        if chosen.ref_logp is None and reads_reference(loss):
+            raise ValueError(
+                "preference: the loss reads a reference, and there is none; expected frozen={'reference': params} or "
+                "batch.ref_logp (zeros for none at all); a loss that reads none says so by losses.without_reference"
+            )
         options = {"weights": batch.weights} if needs_whole_batch(loss) else {}
         pairs = reduce.batch_mean(loss(chosen, rejected, **options, **hyper), batch.weights)
         terms = {"pairs": Term(1.0, pairs)}

@@ -38,7 +38,9 @@ from alignax.losses.dynamic_beta import beta_dpo_select as beta_dpo_select
 from alignax.losses.extras import needed as needed
 from alignax.losses.extras import needs as needs
 from alignax.losses.extras import needs_whole_batch as needs_whole_batch
+from alignax.losses.extras import reads_reference as reads_reference
 from alignax.losses.extras import whole_batch as whole_batch
+from alignax.losses.extras import without_reference as without_reference
 from alignax.losses.f_divergence import f_alpha as f_alpha
 from alignax.losses.f_divergence import f_forward_kl as f_forward_kl
 from alignax.losses.f_divergence import f_jensen_shannon as f_jensen_shannon

@@ -49,6 +49,19 @@ def needs_whole_batch(loss: Callable) -> bool:
     return getattr(loss, "whole_batch", False)
 
 
+def without_reference(loss: Loss) -> Loss:
+    """Says that a loss looks at no `Response.ref_logp`, so that an algorithm does not ask for a reference."""
+    loss.without_reference = True  # pyright: ignore[reportFunctionMemberAccess]
+    return loss
+
+
+def reads_reference(loss: Callable) -> bool:
+    """Whether a loss is not marked by `without_reference`, also through `functools.partial`."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return not getattr(loss, "without_reference", False)
+
+
 def extra(response: Response, name: str, loss: str) -> Array:
     """One entry of `Response.extra`.
 

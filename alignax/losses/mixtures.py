@@ -12,7 +12,15 @@ from jaxtyping import Float
 from alignax.losses._checks import check_positive
 from alignax.losses._sides import check_sides
 from alignax.losses.absolute_preference import bco_pair
-from alignax.losses.extras import extra, needed, needs, needs_whole_batch, whole_batch
+from alignax.losses.extras import (
+    extra,
+    needed,
+    needs,
+    needs_whole_batch,
+    reads_reference,
+    whole_batch,
+    without_reference,
+)
 from alignax.losses.preference import dpo
 from alignax.types import Array, Response, Scalar
 
@@ -91,6 +99,8 @@ def mixture(parts: Mapping[PairwiseLoss, Scalar] | Sequence[tuple[Scalar, Pairwi
     mixed.__signature__ = inspect.Signature([*sides, *known.values()])  # pyright: ignore[reportFunctionMemberAccess]
     if any(needs_whole_batch(loss) for _, loss in pairs):
         whole_batch(mixed)
+    if not any(reads_reference(loss) for _, loss in pairs):
+        without_reference(mixed)
     return _rename(mixed, "_".join(_name(loss) for _, loss in pairs), f"Mixture: {formula}.")
 
 

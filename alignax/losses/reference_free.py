@@ -11,10 +11,12 @@ from jaxtyping import Float
 from alignax.losses._checks import check_positive
 from alignax.losses._logistic import log1mexp, smoothed_logistic
 from alignax.losses._sides import check_sides
+from alignax.losses.extras import without_reference
 from alignax.losses.f_divergence import alpha_reward
 from alignax.types import Array, Response, Scalar
 
 
+@without_reference
 def cpo(
     chosen: Response, rejected: Response, *, beta: Scalar = 0.1, label_smoothing: Scalar = 0.0
 ) -> Float[Array, " B"]:
@@ -36,6 +38,7 @@ def cpo(
     return smoothed_logistic(beta * (chosen.sum - rejected.sum), label_smoothing, "cpo")
 
 
+@without_reference
 def slic_hf(
     chosen: Response, rejected: Response, *, delta: Scalar = 1.0, target_weight: Scalar = 0.1
 ) -> Float[Array, " B"]:
@@ -61,6 +64,7 @@ def slic_hf(
     return jax.nn.relu(delta - chosen.sum + rejected.sum) - target_weight * target
 
 
+@without_reference
 def simpo(
     chosen: Response,
     rejected: Response,
@@ -92,6 +96,7 @@ def simpo(
     return smoothed_logistic(logit, label_smoothing, "simpo")
 
 
+@without_reference
 def simpo_hinge(
     chosen: Response,
     rejected: Response,
@@ -118,6 +123,7 @@ def simpo_hinge(
     return jax.nn.relu(1 - beta * _average_gap(chosen, rejected) + margin)
 
 
+@without_reference
 def alphapo(
     chosen: Response, rejected: Response, *, beta: Scalar = 2.5, gamma: Scalar = 0.1, alpha: Scalar = 0.25
 ) -> Float[Array, " B"]:
@@ -141,6 +147,7 @@ def alphapo(
     return -jax.nn.log_sigmoid(beta * gap - gamma)
 
 
+@without_reference
 def orpo(chosen: Response, rejected: Response, *, odds_weight: Scalar = 0.1) -> Float[Array, " B"]:
     """ORPO, odds ratio: -lambda log sigmoid(log odds(chosen) - log odds(rejected)), odds = e^a / (1 - e^a).
 

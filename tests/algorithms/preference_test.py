@@ -1,5 +1,7 @@
 """What preference optimisation does beyond DPO: extras, a supervised summand, statistics, losses of a whole batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,30 @@ def test_extras_of_the_batch_and_of_degraded_prompts(problem):
     ):
         with pytest.raises(ValueError, match=r"the loss needs \[.*batch.extra holds"):
             jax.eval_shape(preference.make_loss(model, loss=loss), params, incomplete, problem.frozen, {})
+
+
+@pytest.mark.parametrize(
+    "loss, refused",
+    [
+        (losses.dpo, True),
+        (functools.partial(losses.gpo, convex=losses.gpo_hinge), True),
+        (losses.mixture({losses.simpo: 1.0, losses.dpo: 0.1}), True),
+        (losses.orpo, False),
+        (functools.partial(losses.simpo, gamma=1.0), False),
+        (losses.wpo(losses.cpo), False),
+        (losses.mixture({losses.simpo: 1.0, losses.cpo: 0.1}), False),
+    ],
+)
+def test_a_reference_that_was_forgotten_is_asked_for(problem, loss, refused):
+    model, params = tiny()
+    run = functools.partial(jax.eval_shape, preference.make_loss(model, loss=loss), params)
+    if refused:
+        with pytest.raises(ValueError, match="the loss reads a reference, and there is none; expected frozen="):
+            run(problem.batch, None, {})
+        run(problem.batch._replace(ref_logp=np.zeros(problem.batch.mask.shape, np.float32)), None, {})
+    else:
+        run(problem.batch, None, {})
+    run(problem.batch, problem.frozen, {})
 
 
 @pytest.mark.parametrize("over_prompt", [False, True])
