@@ -15,23 +15,23 @@ def adaptive_kl(
     kl_coef: Scalar,
     kl: Scalar,
     *,
-    target: Scalar,
-    horizon: Scalar,
     count: Scalar,
+    target: Scalar = 6.0,
+    horizon: Scalar = 10000.0,
     low: Scalar = 0.0,
     high: Scalar = 1e6,
 ) -> Float[Array, ""]:
     """Adaptive KL, proportional: kl_coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon).
 
     See "Fine-Tuning Language Models from Human Preferences", Ziegler et al. (https://arxiv.org/abs/1909.08593),
-    section 2.2.
+    section 2.2; the defaults are those of its code, which starts from 0.15 to 0.2.
 
     Args:
       kl_coef: what a nat of KL costs (paper: beta).
       kl: the KL that was measured, nats summed over a row, averaged over rows; k1 may make it negative.
+      count: how many rows were sampled since the last change.
       target: the KL to keep to, in the same unit.
       horizon: after about this many rows a KL off by 20 % or more changes the coefficient by 20 %.
-      count: how many rows were sampled since the last change.
       low, high: the coefficient stays between them.
 
     Raises:

@@ -130,7 +130,7 @@ def masked_is_token(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       low, high: the ratios that are kept; the defaults are TRL's.
     """
-    return _within(token_ratio(old_logp, rollout_logp, mask), low, high)
+    return _within("masked_is_token", token_ratio(old_logp, rollout_logp, mask), low, high)
 
 
 def masked_is_sequence(
@@ -150,7 +150,7 @@ def masked_is_sequence(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       low, high: the ratios that are kept; the defaults are TRL's.
     """
-    return _within(sequence_ratio(old_logp, rollout_logp, mask), low, high)
+    return _within("masked_is_sequence", sequence_ratio(old_logp, rollout_logp, mask), low, high)
 
 
 def icepop(
@@ -170,7 +170,7 @@ def icepop(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       low, high: the ratios that are kept (paper: alpha, beta).
     """
-    return masked_is_token(old_logp, rollout_logp, mask, low=low, high=high)
+    return _within("icepop", token_ratio(old_logp, rollout_logp, mask), low, high)
 
 
 def geometric_rejection(
@@ -190,7 +190,8 @@ def geometric_rejection(
       old_logp, rollout_logp, mask: `[B, T]`, as for `token_ratio`.
       low, high: the ratios that are kept.
     """
-    return (_within(geometric_ratio(old_logp, rollout_logp, mask), low, high) > 0).astype(jnp.float32)
+    kept = _within("geometric_rejection", geometric_ratio(old_logp, rollout_logp, mask), low, high)
+    return (kept > 0).astype(jnp.float32)
 
 
 def normalised(weights: Float[Array, "B T"], mask: Array, *, mean: Scalar | None = None) -> Float[Array, "B T"]:
@@ -317,7 +318,7 @@ def _ratio(log_ratio: Array, mask: Array) -> Float[Array, "B T"]:
     return jnp.where(mask != 0, exp(log_ratio), 0.0)
 
 
-def _within(ratio: Array, low: Scalar, high: Scalar) -> Array:
+def _within(name: str, ratio: Array, low: Scalar, high: Scalar) -> Array:
     if not isinstance(low, Tracer) and not isinstance(high, Tracer) and not low < high:
-        raise ValueError(f"low={low}, high={high}; expected low < high, a range around 1 of the ratios that are kept")
+        raise ValueError(f"{name}: low={low}, high={high}; expected low < high, a range around 1 of ratios to keep")
     return jnp.where((low <= ratio) & (ratio <= high), ratio, 0.0)

@@ -152,7 +152,7 @@ def test_effective_sample_size():
 
 @pytest.mark.parametrize("name", ["masked_is_token", "masked_is_sequence", "icepop", "geometric_rejection"])
 def test_an_empty_range_is_refused(name):
-    with pytest.raises(ValueError, match=r"low=2.0, high=1.5; expected low < high"):
+    with pytest.raises(ValueError, match=f"{name}: low=2.0, high=1.5; expected low < high"):
         getattr(corrections, name)(*sample(), low=2.0, high=1.5)
 
 

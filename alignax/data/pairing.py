@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignax.data.selection import Numbers
+from alignax.data.selection import Numbers, best_of_n
 
 
 class Pairs(NamedTuple):
@@ -38,7 +38,7 @@ def max_min(rewards: Numbers) -> Pairs:
       rewards: `[P, N]`.
     """
     rewards = _checked(rewards, "max_min")
-    return _pairs(rewards, _best(rewards), _best(-rewards))
+    return _pairs(rewards, best_of_n(rewards), best_of_n(-rewards))
 
 
 def max_max(rewards: Numbers) -> Pairs:
@@ -64,7 +64,7 @@ def max_random(rewards: Numbers, rng: np.random.Generator | None = None) -> Pair
       rng: draws the other. None: the first other one, which is as random when the samples come in no order.
     """
     rewards = _checked(rewards, "max_random")
-    best = _best(rewards)
+    best = best_of_n(rewards)
     return _pairs(rewards, best, _ahead(rewards, rng, last=best)[:, 0])
 
 
@@ -99,7 +99,7 @@ def max_min_penalised(rewards: Numbers, lengths: Numbers, *, length_penalty: flo
             f"max_min_penalised: lengths {lengths.shape} beside rewards {rewards.shape}; expected one shape"
         )
     penalised = rewards - length_penalty * lengths
-    return _pairs(rewards, _best(penalised), _best(-penalised))
+    return _pairs(rewards, best_of_n(penalised), best_of_n(-penalised))
 
 
 def rs_dpo_pairs(
@@ -142,10 +142,6 @@ def _checked(rewards: Numbers, name: str) -> np.ndarray:
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"{name}: rewards of shape {rewards.shape}; expected [P, N] with at least 2 samples (N)")
     return rewards
-
-
-def _best(x: np.ndarray) -> np.ndarray:
-    return np.argmax(np.where(np.isnan(x), -np.inf, x), axis=1)
 
 
 def _ahead(rewards: np.ndarray, rng: np.random.Generator | None, last: np.ndarray | None = None) -> np.ndarray:

@@ -26,7 +26,8 @@ def best_of_n(rewards: Numbers) -> np.ndarray:
       `[...]` indices, -1 where no answer was scored.
     """
     rewards = _floats(rewards)
-    best = np.argmax(np.where(np.isnan(rewards), -np.inf, rewards), axis=-1)
+    largest = np.max(np.where(np.isnan(rewards), -np.inf, rewards), axis=-1, keepdims=True)
+    best = np.argmax(rewards == largest, axis=-1)  # NaN is not, even where all others are -inf
     return np.where(np.isnan(rewards).all(axis=-1), -1, best)
 
 

@@ -14,8 +14,8 @@ NAN = math.nan
 
 
 def test_best_of_n():
-    rewards = [[0.2, 0.9, 0.9], [NAN, -2.0, -1.0], [NAN, NAN, NAN], [-math.inf, NAN, -5.0]]
-    np.testing.assert_array_equal(selection.best_of_n(rewards), [1, 2, -1, 2])
+    rewards = [[0.2, 0.9, 0.9], [NAN, -2.0, -1.0], [NAN, NAN, NAN], [-math.inf, NAN, -5.0], [NAN, -math.inf, NAN]]
+    np.testing.assert_array_equal(selection.best_of_n(rewards), [1, 2, -1, 2, 1])
     assert selection.best_of_n([3.0, 4.0]) == 1
 
 
@@ -126,7 +126,7 @@ def test_tournament_refuses(count, order):
 
 
 def test_hybrid_weights():
-    x, online = np.float32([1.0, 2.0, 5.0, 3.0, 7.0]), np.array([True, False, True, False, False])
+    x, online = np.array([1.0, 2.0, 5.0, 3.0, 7.0], np.float32), np.array([True, False, True, False, False])
     weights = selection.hybrid_weights(online, fraction=0.3)
     mean = reduce.batch_mean(jnp.asarray(x), jnp.asarray(weights)).value()
     np.testing.assert_allclose(mean, 0.3 * 3.0 + 0.7 * 4.0, rtol=1e-6)
