@@ -210,9 +210,8 @@ def pair_metrics(
 def _scores(model, params, batch: Batch, want: tuple[str, ...], reference, mask: Array | None) -> dict[str, Array]:
     """`score` of both sides as rows of one batch: {"logp": [B, 2, T], ...}."""
     chex.assert_shape([batch.tokens, batch.segments, batch.mask], (None, 2, None))
-    tokens, segments, mask = (
-        None if x is None else x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments, mask)
-    )
+    tokens, segments = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.segments))
+    mask = None if mask is None else mask.reshape(tokens.shape)
     scores = score(model, params, tokens, segments, mask=mask, want=want, reference=reference if want else None)
     return {name: getattr(scores, name).reshape(batch.tokens.shape) for name in ("logp", *want)}
 
@@ -228,13 +227,13 @@ def _given(model, params, batch: Batch, reference, names: tuple[str, ...]) -> di
 
         ref_logp = rows.ref_logp if reference is None else jax.lax.stop_gradient(logp(reference))
         given |= {"degraded_logp": logp(params), "degraded_ref_logp": ref_logp, "degraded_mask": rows.mask}
-    missing = set(names) - set(COMPUTED) - {name for name, x in given.items() if x is not None}
-    if missing:
+    known = {name: x for name, x in given.items() if x is not None}
+    if missing := set(names) - set(COMPUTED) - set(known):
         raise ValueError(
             f"preference: the loss needs {sorted(missing)}, and batch.extra holds {sorted(batch.extra or {})}; "
             "expected them there (those of degraded prompts come from batch.degraded and a reference)"
         )
-    return {name: given[name] for name in names if name not in COMPUTED}
+    return {name: known[name] for name in names if name not in COMPUTED}
 
 
 def _reference(frozen: Any) -> Params:
