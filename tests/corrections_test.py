@@ -32,7 +32,7 @@ def row(name, hyper):
 
 def sample(**options):
     """old_logp, rollout_logp, mask."""
-    x = device(make(Row(None, None, None, PAIR), **options))
+    x = device(make(row("token_ratio", {}), **options))
     return x["old_logp"], x["rollout_logp"], x["mask"]
 
 
