@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
 from alignax.logprobs import token_logprobs
+from alignax.losses._sides import log_ratio
 from alignax.types import Array, LossFn, Max, Mean, Model, Params, Response, Scalar, Term
 
 
@@ -132,7 +133,7 @@ def class_metrics(answers: Response, batch: Batch, beta: Scalar) -> dict[str, Me
     """The field's metrics of single answers, as `Mean`s over the rows of each class."""
     good = (batch.desirable != 0).astype(jnp.float32)
     weights = jnp.ones(good.shape) if batch.weights is None else batch.weights.astype(jnp.float32)
-    values = {"rewards": beta * (answers.sum - answers.ref_sum), "logps": answers.sum}
+    values = {"rewards": beta * log_ratio(answers), "logps": answers.sum}
     classes = {"chosen": weights * good, "rejected": weights * (1 - good)}
     found = {
         f"{name}/{which}": reduce.batch_mean(jax.lax.stop_gradient(x), weight)

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
 from alignax.logprobs import predicted, score
+from alignax.losses._sides import log_ratio
 from alignax.losses.extras import needed, needs_whole_batch, reads_reference
 from alignax.types import Array, LossFn, Mean, Model, Params, Response, Scalar, Term
 
@@ -67,7 +68,7 @@ class Batch(NamedTuple):
 
 def whole(response: Response) -> Array:
     """The log-ratio of a whole response: the implicit reward over beta of DPO and most others."""
-    return response.sum - response.ref_sum
+    return log_ratio(response)
 
 
 def average(response: Response) -> Array:

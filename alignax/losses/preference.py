@@ -2,6 +2,7 @@
 
 Notation: x = log pi(y|x) - log ref(y|x) of one side, D = x_chosen - x_rejected. A loss reads what it needs from two
 `Response`s; the reference is a constant, and reference-free use (`ref_logp=None`) sets its log-probabilities to 0.
+Losses that read x of one side by itself (`alignax.losses.absolute_preference`) refuse that.
 `divergence` replaces x by f'(e^x) of another divergence than the reverse KL: see `alignax.losses.f_divergence`.
 """
 
