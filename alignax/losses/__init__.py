@@ -24,6 +24,7 @@ from alignax.losses.distillation import generalised_jsd as generalised_jsd
 from alignax.losses.distributional import aot as aot
 from alignax.losses.distributional import aot_unpaired as aot_unpaired
 from alignax.losses.divergence import absolute as absolute
+from alignax.losses.divergence import entropy as entropy
 from alignax.losses.divergence import full_kl as full_kl
 from alignax.losses.divergence import k1 as k1
 from alignax.losses.divergence import k1_straight_through as k1_straight_through

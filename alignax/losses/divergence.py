@@ -1,4 +1,4 @@
-"""Per-token KL divergence between two policies, estimated from samples or exact; d = logp - ref_logp.
+"""Per-token KL divergence between two policies, estimated from samples or exact, and entropy; d = logp - ref_logp.
 
 See "Approximating KL Divergence", Schulman (http://joschu.net/blog/kl-approx.html). From samples of pi, k1, k2 and k3
 estimate KL(pi || ref). As a *reward*, use k1: its expectation is the KL, and so is that of its policy gradient. As a
@@ -86,6 +86,24 @@ def full_kl(logits: Float[Array, "B T V"], ref_logits: Float[Array, "B T V"], ma
     possible = logp > -jnp.inf
     logp, ref_logp = (jnp.where(possible, x, 0.0) for x in (logp, ref_logp))
     return jnp.sum(jnp.where(possible, jnp.exp(logp) * (logp - ref_logp), 0.0), axis=-1)
+
+
+def entropy(logits: Float[Array, "B T V"], mask: Array) -> Float[Array, "B T"]:
+    """Entropy: H = -sum_v p_v log p_v, p the softmax of logits, in nats.
+
+    Minus a weight times it is the entropy bonus of a policy loss, which `alignax.algorithms` has as `entropy_weight`.
+    Where the logits of all tokens do not fit, `alignax.logprobs.score` gives it in chunks. See "Asynchronous Methods
+    for Deep Reinforcement Learning", Mnih et al. (https://arxiv.org/abs/1602.01783), section 4.
+
+    Args:
+      logits: `[B, T, V]`, of the distribution each token was drawn from.
+      mask: `[B, T]`, the tokens that count.
+    """
+    chex.assert_rank(logits, 3)
+    chex.assert_shape(mask, logits.shape[:2])
+    logp = jax.nn.log_softmax(jnp.where((mask != 0)[..., None], logits.astype(jnp.float32), 0.0))
+    logp = jnp.maximum(logp, FLOOR)  # 0 log 0 is 0
+    return jnp.where(mask != 0, -jnp.sum(jnp.exp(logp) * logp, axis=-1), 0.0)
 
 
 def _straight_through(value: Array, gradient: Array) -> Float[Array, "B T"]:

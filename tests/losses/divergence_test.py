@@ -80,6 +80,16 @@ def test_full_kl_of_impossible_symbols():
     assert jnp.all(jnp.isfinite(gradient[0, 0]))
 
 
+def test_entropy_of_impossible_symbols_and_its_gradient():
+    logits = jnp.array([[[0.0, -jnp.inf, jnp.log(3.0)], [0.0, 0.0, 0.0]]])
+    value, pull = jax.vjp(lambda x: losses.entropy(x, jnp.ones((1, 2))), logits)
+    p = np.array([0.25, 0.75])
+    np.testing.assert_allclose(value, [[-np.sum(p * np.log(p)), np.log(3.0)]], rtol=1e-6)
+    gradient = np.asarray(pull(jnp.ones((1, 2)))[0])
+    np.testing.assert_allclose(gradient[0, 0, [0, 2]], -p * (np.log(p) + value[0, 0]), rtol=1e-5)
+    assert np.all(np.isfinite(gradient)) and np.allclose(gradient[0, 1], 0, atol=1e-7)
+
+
 def test_the_reference_of_an_estimator_is_a_constant():
     x, mask = jnp.array([[-1.0, -2.0]]), jnp.ones((1, 2))
     for estimate in ESTIMATORS:
@@ -104,6 +114,12 @@ class TestRows(Properties):
             f.__name__: Row(f, tokenwise(f, "logp", "ref_logp"), value, KL, gradient_of=references.k2)
             for f, value in ((losses.k1_straight_through, references.k1), (losses.k3_straight_through, references.k3))
         },
+        "entropy": Row(
+            losses.entropy,
+            tokenwise(losses.entropy, "logits"),
+            references.entropy,
+            {"logits": Input("B T V", differentiable=True, make=real)},
+        ),
         "full_kl": Row(
             losses.full_kl,
             tokenwise(losses.full_kl, "logits", "ref_logits"),

@@ -38,6 +38,15 @@ def absolute(x):
     return per_token(x, abs)
 
 
+def entropy(x):
+    out = np.zeros(x["mask"].shape)
+    for b in range(len(out)):
+        for t in tokens(x["mask"], b):
+            p = [math.exp(z - max(x["logits"][b, t])) for z in x["logits"][b, t]]
+            out[b, t] = -sum(a / sum(p) * math.log(a / sum(p)) for a in p)
+    return out
+
+
 def full_kl(x):
     out = np.zeros(x["mask"].shape)
     for b in range(len(out)):

@@ -135,6 +135,7 @@ def token_entropy(x, hyper, expected):
     entropy = jnp.where(mask != 0, scores(x["logits"], np.zeros(mask.shape, int)).entropy[:, 1:], 0.0)
     yield entropy, expected["per_token"]
     yield reduce.token_mean(entropy, mask).value(), expected["token_mean"]
+    yield losses.entropy(jnp.asarray(x["logits"]), mask), expected["per_token"]
 
 
 def token_logprobs(x, hyper, expected):
