@@ -67,7 +67,8 @@ def experience(
 
     Args:
       rows: `tokens`, `segments` and `mask` `[B, T]` by attribute, as in `alignax.sampling.Samples`.
-      scores: `[B]`, of finished rows; see `alignax.rewards` for what may be done to them first.
+      scores: `[B]`, of finished rows; see `alignax.rewards` for what may be done to them first. A row that could not
+        be scored (NaN) is left out.
       logp, ref_logp: `[B, T]`, log-probabilities of the tokens under policy and reference at the sampler's temperature.
       values: `[B, T]`, from `alignax.logprobs.token_values`.
       bootstrap: `[B]`, the value of the state after rows that were cut off and would have gone on, else 0
@@ -86,6 +87,7 @@ def experience(
     chex.assert_equal_shape([rows.tokens, rows.mask, logp, ref_logp, values])
     counted = jnp.ones(scores.shape) if weights is None else weights
     chex.assert_shape([scores, counted], rows.tokens.shape[:1])
+    counted = jnp.where(jnp.isnan(scores), 0.0, counted)
     mask = (rows.mask != 0) & (counted != 0)[:, None]
     counted = jnp.where(jnp.any(mask, axis=1), counted, 0.0)  # a row without tokens is paid nothing
     shaped = rewards.shaped_rewards(scores, logp, ref_logp, mask, kl_coef=kl_coef, kl=kl)

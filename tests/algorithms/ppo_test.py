@@ -174,6 +174,18 @@ def test_experience_equals_a_loop(kl, whiten, gamma, lambda_):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_row_without_a_score_is_a_row_that_weighs_nothing():
+    x, hyper = rollout(), {"kl_coef": 0.3}
+    row = int(np.flatnonzero(x["weights"])[0])
+    unscored, weightless = ({**x, name: x[name].copy()} for name in ("scores", "weights"))
+    unscored["scores"][row], weightless["weights"][row] = np.nan, 0
+    (batch, metrics), (expected, others) = our_experience(unscored, **hyper), our_experience(weightless, **hyper)
+    np.testing.assert_array_equal(batch.mask, expected.mask)
+    np.testing.assert_allclose(batch.advantages, expected.advantages, atol=1e-6)
+    for name in ("objective/scores", "returns/mean", "values/explained_variance"):
+        np.testing.assert_allclose(metrics[name], others[name], rtol=1e-6, err_msg=name)
+
+
 def test_a_rollout_of_which_nothing_counts_says_nothing():
     x = rollout()
     hyper = {"kl_coef": 0.3, "gamma": 1.0, "lambda_": 0.95}
