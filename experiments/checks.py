@@ -20,13 +20,19 @@ def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> Non
       parts: into how many parts it is split, before each goes over the devices.
 
     Raises:
-      ValueError: for counts below 1, nothing held out, or rows that do not divide.
+      ValueError: for counts below 1, nothing held out, numbers of the optimizer that mean nothing, or rows that do not
+        divide.
     """
     for name in ("steps", "evaluate_every", "microbatches"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}; expected at least 1")
     if not 0 < config.held_out < 1:
         raise ValueError(f"held_out={config.held_out}; expected a fraction between 0 and 1, for the evaluation")
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"learning_rate={config.learning_rate}; expected a finite number above 0")
+    check_ranges(
+        config, least={"warmup": 0, "max_grad_norm": 0} | dict.fromkeys({"weight_decay"} & set(vars(config)), 0)
+    )
     devices = mesh.shape["data"]
     if rows < 1 or rows % (parts * devices):
         raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices of the data axis each")

@@ -105,6 +105,18 @@ def make_optimizer(
     return optax.chain(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
 
 
+def optimizer_of(config: Any) -> optax.GradientTransformation:
+    """The same by the fields of a Config whose every step is one update."""
+    return make_optimizer(
+        config.learning_rate,
+        steps=config.steps,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
 def create_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: sharding.Rules, *, seed: int
 ) -> train.TrainState:

@@ -21,7 +21,6 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -167,18 +166,6 @@ def hyperparameters(config: Config) -> dict[str, float]:
     return {"beta": config.beta} | weights | ({"delta": 0.0, "delta_rate": 1.0} if config.loss == "bco" else {})
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW by the Config."""
-    return common.make_optimizer(
-        config.learning_rate,
-        steps=config.steps,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
-
-
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
@@ -195,7 +182,7 @@ def main(config: Config) -> dict[str, float]:
     if config.loss == "kto":
         print(f"mismatched rows: {cut_off(batches(rows, seed=config.seed, epochs=1)):.1%} of their answers cut off")
 
-    optimizer = make_optimizer(config)
+    optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     frozen, hyper, seen = {"reference": loaded.params}, hyperparameters(config), 0.0
     loss_fn = kto.make_loss(loaded.model, loss=LOSSES[config.loss])

@@ -21,7 +21,6 @@ xpo 0.86, nash_md 0.63, nash_ema 0.62; sppo, five samples and an iteration of 10
 import collections
 import dataclasses
 import pathlib
-import runpy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -158,17 +157,6 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     checks.check(config, mesh, rows=config.prompts, parts=config.microbatches)
 
 
-def find_preference(name: str) -> rewards.Preference:
-    """The function FUNCTION of the user's FILE.py."""
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py") or not pathlib.Path(path).is_file():
-        raise ValueError(f"--prefer {name}: expected FILE.py:FUNCTION with a file there is")
-    found = runpy.run_path(path)
-    if not callable(found.get(function)):
-        raise ValueError(f"--prefer {name}: {path} has no function {function!r}")
-    return found[function]
-
-
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
     """Makes `draw(params, asked, key)`: the samples of each player, side by side, leaves [B, N, ...]."""
     settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
@@ -213,7 +201,7 @@ def ask(prefer: rewards.Preference, asked: dict, completions: list[list[str]], c
 
 def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Samples], Verdict]:
     """Makes `judge(asked, samples) -> Verdict`, of the preference or the reward that the configuration names."""
-    prefer = find_preference(config.prefer) if config.prefer else None
+    prefer = rollouts.find_function("prefer", config.prefer) if config.prefer else None
     summands = [] if prefer else [rollouts.rule(config.reward, 1.0)]
 
     def judge(asked: dict, samples: sampling.Samples) -> Verdict:

@@ -80,7 +80,7 @@ def is_pairwise(loss: Any) -> bool:
     return len(sides) == 2 and all(side.annotation is Response for side in sides)
 
 
-def objective(name: str, *, divergence: str = "reverse_kl", wpo: bool = False) -> Objective:
+def objective(name: str, *, divergence: str = "reverse_kl", alpha: float | None = None, wpo: bool = False) -> Objective:
     """The objective of a name, held to its reference by another divergence, and weighted as WPO does.
 
     Raises:
@@ -89,10 +89,13 @@ def objective(name: str, *, divergence: str = "reverse_kl", wpo: bool = False) -
     if name not in OBJECTIVES:
         raise ValueError(f"loss={name!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
     found = OBJECTIVES[name]
+    if alpha is not None and divergence != "alpha":
+        raise ValueError(f"divergence_alpha={alpha} with divergence={divergence!r}; expected alpha")
     if divergence != "reverse_kl":
         if "divergence" not in inspect.signature(found.loss).parameters:
             raise ValueError(f"divergence={divergence!r}: {name} is not a function of log-ratios that takes one")
-        found = found._replace(loss=functools.partial(found.loss, divergence=DIVERGENCES[divergence]))
+        held = DIVERGENCES[divergence] if alpha is None else functools.partial(losses.f_alpha, alpha=alpha)
+        found = found._replace(loss=functools.partial(found.loss, divergence=held))
     return found._replace(loss=losses.wpo(found.loss)) if wpo else found
 
 
@@ -165,7 +168,7 @@ def read_extras(pair: data.Pair, names: tuple[str, ...]) -> dict[str, np.ndarray
             raise data.BadRow(pair.where, f"wrong {column}", f"{value!r}; the loss needs a number there")
         return value
 
-    extra = {name: np.float32(number(name)) for name in OF_PAIR if name in names}
+    extra = {name: np.asarray(number(name), np.float32) for name in OF_PAIR if name in names}
     for name in OF_SIDES:
         if name in names:
             extra[name] = np.array([number(f"{side}_{name}") for side in ("chosen", "rejected")], np.float32)

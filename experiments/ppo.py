@@ -18,7 +18,7 @@ import json
 import pathlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import actor_critic
 import checks
@@ -114,7 +114,7 @@ class Config:
     """How far the reference follows the policy after each rollout; 0 keeps it fixed."""
     gamma: float = 1.0
     """Discount."""
-    lambda_: float = 0.95
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = 0.95
     """Of generalised advantage estimation."""
     whiten_advantages: bool = True
     """Normalise the advantages over all tokens of a rollout."""
@@ -174,6 +174,7 @@ class Config:
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after a rollout, or quietly do something else."""
+    checks.check(config, mesh, rows=config.prompts, parts=1)
     if not config.reward_model and not config.reward:
         raise ValueError("no reward: give --reward-model FOLDER, --reward RULE, or both")
     if config.critic == "reward_model" and not config.reward_model:
@@ -197,17 +198,16 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         )
     at_least_one = ("group", "epochs", "minibatches", "evaluate_prompts", "max_new_tokens", "kl_horizon")
     at_least_zero = ("kl_coef", "kl_target", "value_clip", "reward_clip", "target_kl", "critic_warmup", "value_weight")
-    at_least_zero += ("clip_low", "clip_high", "gamma", "lambda_", "ema_rate", "missing_eos_penalty", "max_grad_norm")
+    at_least_zero += ("clip_low", "clip_high", "gamma", "lambda_", "ema_rate", "missing_eos_penalty")
     at_least_zero += ("entropy_weight", "entropy_target", "penalty_weight", "penalty_target")
     at_most_one = ("clip_low", "gamma", "lambda_", "ema_rate")
     most = dict.fromkeys(at_most_one, 1) | {"critic_warmup": config.steps - 1}
     most |= {"entropy_weight": 1} if config.entropy_target else {}  # where the controller ends
     checks.check_ranges(config, least=dict.fromkeys(at_least_one, 1) | dict.fromkeys(at_least_zero, 0), most=most)
-    for name in ("learning_rate", "critic_learning_rate", "temperature", "entropy_step"):
+    for name in ("critic_learning_rate", "temperature", "entropy_step"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}={getattr(config, name)}; expected a number above 0")
     actor_critic.hyperparameters(config)
-    checks.check(config, mesh, rows=config.prompts, parts=1)
     checks.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 

@@ -59,6 +59,8 @@ class Config:
     """Weight of the supervised summand (RPO, CPO, ORPO, MPO); the loss's own unless given, and 0 for none."""
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl"
     """What holds the policy to the reference (f-DPO), for losses that are functions of log-ratios."""
+    divergence_alpha: float | None = None
+    """For the alpha-divergence: from 0, the reverse KL, to 1, the forward one; 0.5 unless given."""
     wpo: bool = False
     """Weigh each pair by how likely the policy finds it, as if it were on-policy (WPO)."""
     reference: Literal["fixed", "soft", "hard", "ema", "sdpo"] = "fixed"
@@ -142,35 +144,23 @@ def prompt_of(row: pairwise.PairRow) -> np.ndarray:
 
 def check_loss(config: Config, mesh: jax.sharding.Mesh) -> tuple[pairwise.Objective, dict[str, float]]:
     """The objective and its hyperparameters, which reach it traced, where it can refuse nothing: all is tried here."""
-    objective = pairwise.objective(config.loss, divergence=config.divergence, wpo=config.wpo)
+    options = {"divergence": config.divergence, "alpha": config.divergence_alpha, "wpo": config.wpo}
+    objective = pairwise.objective(config.loss, **options)
     known = checks.keywords(objective.loss)
     hyper = checks.merge_hyper(config.hyper, {"beta": config.beta}, known, f"--loss {config.loss}")
     if not hyper.get("beta", 1) > 0:
         raise ValueError(f"beta={hyper['beta']}; expected a number above 0")
     pairwise.try_out(objective.loss, hyper)
-    if config.nll_weight is not None and config.nll_weight < 0:
-        raise ValueError(f"nll_weight={config.nll_weight}; expected 0 (none) or more")
-    least = {"reference_every": 1, "reference_rate": 0, "stages": 1}
-    checks.check_ranges(config, least=least, most={"reference_rate": 1, "stages": config.steps})
+    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    least = {"nll_weight": 0, "reference_every": 1, "reference_rate": 0, "stages": 1}
+    most = {"reference_rate": 1} | ({"stages": config.steps} if config.reference == "sdpo" else {})
+    checks.check_ranges(config, least=least, most=most)
     if config.reference != "fixed" and not objective.reference:
         raise ValueError(f"reference={config.reference!r}: {config.loss} has no reference; expected fixed")
     if config.microbatches > 1 and losses.needs_whole_batch(objective.loss):
         raise ValueError(f"microbatches={config.microbatches}: {config.loss} compares all pairs of a batch; expected 1")
-    checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     weight = objective.nll_weight if config.nll_weight is None else config.nll_weight or None
     return objective._replace(nll_weight=weight), hyper | pairwise.STILL.get(config.loss, {})
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW with the configured schedule."""
-    return common.make_optimizer(
-        config.learning_rate,
-        steps=config.steps,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
 
 
 def make_steps(
@@ -179,7 +169,7 @@ def make_steps(
     """The compiled update and measurement, and what prepares a batch (beta-DPO alone needs it)."""
     chosen = {"loss": objective.loss, "nll_weight": objective.nll_weight, "reward": objective.reward}
     loss_fn = preference.make_loss(model, **chosen)
-    statistics = preference.make_statistics(model) if config.loss == "kto_pair" else None
+    statistics: Callable | None = preference.make_statistics(model) if config.loss == "kto_pair" else None
     update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
     measure = train.make_measure(loss_fn, statistics=statistics)
     prepare = pairwise.make_dynamic_beta(model) if config.loss == "beta_dpo" else None
@@ -207,7 +197,7 @@ def main(config: Config) -> dict[str, float]:
     plain = [row.pair for row in pairs]
     print("training pairs:", data.batching.statistics(plain, batch_size=config.batch_size, buckets=buckets))
 
-    optimizer = make_optimizer(config)
+    optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     frozen = {"reference": loaded.params} if objective.reference else None
     update, measure, prepare = make_steps(config, objective, loaded.model, optimizer)

@@ -160,14 +160,7 @@ def main(config: Config) -> dict[str, float]:
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=collate, batch_size=config.batch_size, buckets=buckets)
 
-    optimizer = common.make_optimizer(
-        config.learning_rate,
-        steps=config.steps,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     hyper = {"centering_weight": config.centering_weight}
     loss_fn = reward_model.make_loss(loaded.model)

@@ -32,16 +32,21 @@ REWARDS = {"last_number": rewards.last_number}
 
 def find_reward(name: str) -> rewards.Reward:
     """A reward by name, or the function FUNCTION of the user's FILE.py."""
-    if name in REWARDS:
-        return REWARDS[name]
+    return REWARDS.get(name) or find_function("reward", name, f"one of {sorted(REWARDS)}, or ")
+
+
+def find_function(flag: str, name: str, others: str = "") -> Callable:
+    """The function FUNCTION of the user's FILE.py, as a flag names it; `others` are what it may name besides.
+
+    Raises:
+      ValueError: when there is no such file or function.
+    """
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not pathlib.Path(path).is_file():
-        raise ValueError(
-            f"--reward {name}: expected one of {sorted(REWARDS)}, or FILE.py:FUNCTION with a file there is"
-        )
+        raise ValueError(f"--{flag} {name}: expected {others}FILE.py:FUNCTION with a file there is")
     found = runpy.run_path(path)
     if not callable(found.get(function)):
-        raise ValueError(f"--reward {name}: {path} has no function {function!r}")
+        raise ValueError(f"--{flag} {name}: {path} has no function {function!r}")
     return found[function]
 
 

@@ -89,11 +89,9 @@ def check_objective(config: Config) -> None:
     Raises:
       ValueError: for numbers out of range, or smoothed labels of a loss that has none.
     """
-    checks.check_ranges(config, least={"label_smoothing": 0, "z_weight": 0})
+    checks.check_ranges(config, least={"label_smoothing": 0, "z_weight": 0, "aux_weight": 0})
     if not config.label_smoothing < 1:
         raise ValueError(f"label_smoothing={config.label_smoothing}; expected less than 1, which forgets the tokens")
-    if not config.z_weight < float("inf"):
-        raise ValueError(f"z_weight={config.z_weight}; expected a finite number")
     if config.label_smoothing and config.loss != "cross_entropy":
         raise ValueError(f"label_smoothing={config.label_smoothing} with loss={config.loss}; expected cross_entropy")
 
@@ -135,19 +133,14 @@ def main(config: Config) -> dict[str, float]:
     check_objective(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
+    if config.aux_weight and not loaded.model.config.mixture:
+        raise ValueError(f"aux_weight={config.aux_weight}: {config.model} has no router; expected a mixture of experts")
     rows, held_out = load_rows(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)
     print("training rows:", data.batching.statistics(rows, batch_size=config.batch_size, buckets=buckets))
 
-    optimizer = common.make_optimizer(
-        config.learning_rate,
-        steps=config.steps,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     loss_fn = make_loss(config, loaded.model)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)

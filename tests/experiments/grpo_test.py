@@ -123,6 +123,7 @@ def test_hyperparameters_that_fit_nothing_are_refused(options, message):
     [
         ({"overlong_cache": 200}, "overlong_cache=200; expected 128 or less"),
         ({"overlong_cache": -1}, "overlong_cache=-1; expected 0 or more"),
+        ({"temperature": 0.0}, "temperature=0.0; expected a number above 0"),
         ({"entropy_weight": -0.1}, r"entropy_weight=-0\.1; expected 0 or more"),
         ({"clip_high": -0.1}, r"clip_high=-0\.1; expected 0 or more"),
         ({"clip_low": 1.1}, r"clip_low=1\.1; expected 1 or less"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import online_preference
 import pytest
+import rollouts
 
 from alignax import sampling
 from alignax.algorithms import nash_md, preference
@@ -157,9 +158,9 @@ def test_refusals(tmp_path, change, message):
 def test_a_preference_that_is_not_there(tmp_path):
     _, mine = write(tmp_path)
     with pytest.raises(ValueError, match=r"--prefer nothing: expected FILE\.py:FUNCTION with a file there is"):
-        online_preference.find_preference("nothing")
+        rollouts.find_function("prefer", "nothing")
     with pytest.raises(ValueError, match=r"--prefer .*mine.py:other: .*mine.py has no function 'other'"):
-        online_preference.find_preference(f"{mine}:other")
+        rollouts.find_function("prefer", f"{mine}:other")
 
 
 @pytest.mark.parametrize("method", online_preference.METHODS)

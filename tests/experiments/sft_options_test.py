@@ -56,6 +56,7 @@ def test_objectives_differ_and_are_measured_alike(config, tmp_path):
         ({"label_smoothing": float("nan")}, "label_smoothing=nan; expected 0 or more"),
         ({"label_smoothing": 0.1, "loss": "dft"}, "label_smoothing=0.1 with loss=dft; expected cross_entropy"),
         ({"z_weight": -1.0}, "z_weight=-1.0; expected 0 or more"),
+        ({"aux_weight": 0.1}, "aux_weight=0.1: .* has no router; expected a mixture of experts"),
         ({"z_weight": float("inf")}, "z_weight=inf; expected a finite number"),
     ],
 )
