@@ -22,6 +22,7 @@ from jax.core import Tracer
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
+from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import predicted, token_divergence
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
@@ -71,11 +72,9 @@ def make_loss(
     teacher_model = model if teacher_model is None else teacher_model
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
-        if not (isinstance(frozen, dict) and "teacher" in frozen):
-            raise ValueError(f"distillation: frozen is a {type(frozen).__name__}; expected {{'teacher': params}}")
+        teacher = frozen_params(frozen, "teacher", "distillation: ")
         batch = blank(batch)
         columns, learned = _align(batch)
-        teacher = jax.lax.stop_gradient(frozen["teacher"])
         states = _before(model, params, batch.tokens, batch.segments)
         teacher_states = _before(teacher_model, teacher, *_teacher_rows(batch)[:2])
         teacher_states = jnp.take_along_axis(teacher_states, columns[..., None], axis=1)

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
+from alignax.algorithms._frozen import frozen_params
 from alignax.algorithms._policy import off_policy_weights, policy_metrics, split_prefixed
 from alignax.logprobs import score
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
@@ -126,7 +127,10 @@ def make_loss(
         if own["entropy_weight"] is not None:
             terms["entropy"] = Term(-own["entropy_weight"], averaged(scores.entropy))
         if kl is not None:
-            ref_logp = scored(_reference(frozen)).logp if batch.ref_logp is None else batch.ref_logp
+            ref_logp = batch.ref_logp
+            if ref_logp is None:
+                said, otherwise = "grpo: the batch has no ref_logp and ", ", or a loss made with kl=None"
+                ref_logp = scored(frozen_params(frozen, "reference", said, otherwise)).logp
             estimate = kl(scores.logp, ref_logp, batch.mask)
             if unbiased_kl:
                 estimate *= losses.importance_ratio(scores.logp, old_logp, batch.mask)
@@ -153,12 +157,3 @@ def _check_kl(kl: Callable[..., Array] | None, unbiased_kl: bool) -> None:
 def _per_token(advantages: Array, mask: Array) -> Array:
     chex.assert_shape(advantages, mask.shape if advantages.ndim == 2 else mask.shape[:1])
     return advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], mask.shape)
-
-
-def _reference(frozen: Any) -> Params:
-    if not (isinstance(frozen, dict) and "reference" in frozen):
-        raise ValueError(
-            f"grpo: the batch has no ref_logp and frozen is a {type(frozen).__name__}; expected "
-            "{'reference': params}, or a loss made with kl=None"
-        )
-    return frozen["reference"]

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
+from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import token_logprobs
 from alignax.losses._sides import log_ratio
 from alignax.types import Array, LossFn, Max, Mean, Model, Params, Response, Scalar, Term
@@ -158,11 +159,6 @@ def _response(model: Model, params: Params, rows: tuple, ref_logp: Array | None,
     chex.assert_equal_shape(rows)
     tokens, segments, mask = rows
     if ref_logp is None:
-        if not (isinstance(frozen, dict) and "reference" in frozen):
-            raise ValueError(
-                f"kto: batch.{name} is None and frozen is a {type(frozen).__name__}; expected one of them to bring the "
-                "reference, which these losses cannot do without: frozen = {'reference': params}"
-            )
-        reference = jax.lax.stop_gradient(frozen["reference"])
+        reference = frozen_params(frozen, "reference", f"kto: batch.{name} is None and ")
         ref_logp = token_logprobs(model, reference, tokens, segments, mask=mask)
     return Response(token_logprobs(model, params, tokens, segments, mask=mask), ref_logp, mask)

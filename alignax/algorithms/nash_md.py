@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
+from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import score
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
@@ -67,7 +68,9 @@ def make_loss(
             return score(model, weights, *rows, mask=batch.mask, temperature=degree, want=want)
 
         scores = scored(params, want=("entropy",))
-        ref_logp = scored(_reference(frozen)).logp if batch.ref_logp is None else batch.ref_logp
+        ref_logp = batch.ref_logp
+        if ref_logp is None:
+            ref_logp = scored(frozen_params(frozen, "reference", "nash_md: the batch has no ref_logp and ")).logp
 
         def reduced(**hyper: Scalar) -> Mean:
             tokens = loss(scores.logp, ref_logp, batch.preference, batch.mask, **hyper)
@@ -86,12 +89,3 @@ def make_loss(
         return {"policy": Term(1.0, policy)}, jax.lax.stop_gradient(metrics)
 
     return loss_fn
-
-
-def _reference(frozen: Any) -> Params:
-    if not (isinstance(frozen, dict) and "reference" in frozen):
-        raise ValueError(
-            f"nash_md: the batch has no ref_logp and frozen is a {type(frozen).__name__}; expected "
-            "{'reference': params}"
-        )
-    return frozen["reference"]

@@ -37,6 +37,7 @@ import jax.numpy as jnp
 
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
+from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import predicted, score
 from alignax.losses._sides import log_ratio
 from alignax.losses.extras import needed, needs_whole_batch, reads_reference
@@ -165,7 +166,7 @@ def sides(
     Raises:
       ValueError: when an extra is neither computed nor in the batch, or `frozen` holds no reference.
     """
-    reference = None if frozen is None else _reference(frozen)
+    reference = None if frozen is None else frozen_params(frozen, "reference", "preference: ", " or None")
     mask = None if whole_rows else batch.mask
     want = tuple(name for name in COMPUTED if name in names)
     if batch.ref_logp is None and "forward_kl" in want:
@@ -235,9 +236,3 @@ def _given(model, params, batch: Batch, reference, names: tuple[str, ...]) -> di
             "expected them there (those of degraded prompts come from batch.degraded and a reference)"
         )
     return {name: known[name] for name in names if name not in COMPUTED}
-
-
-def _reference(frozen: Any) -> Params:
-    if not (isinstance(frozen, dict) and "reference" in frozen):
-        raise ValueError(f"preference: frozen is a {type(frozen).__name__}; expected {{'reference': params}} or None")
-    return frozen["reference"]

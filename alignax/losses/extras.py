@@ -12,7 +12,7 @@ batch, one number or one row of tokens for each side.
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from alignax.types import Array, Response
 
@@ -31,9 +31,7 @@ def needs(*names: str) -> Callable[[Loss], Loss]:
 
 def needed(loss: Callable) -> tuple[str, ...]:
     """The entries of `Response.extra` that a loss reads, also through `functools.partial`; () for most losses."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return getattr(loss, "needs", ())
+    return _said(loss, "needs", ())
 
 
 def whole_batch(loss: Loss) -> Loss:
@@ -44,9 +42,7 @@ def whole_batch(loss: Loss) -> Loss:
 
 def needs_whole_batch(loss: Callable) -> bool:
     """Whether `whole_batch` marks a loss, also through `functools.partial`."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return getattr(loss, "whole_batch", False)
+    return _said(loss, "whole_batch", False)
 
 
 def without_reference(loss: Loss) -> Loss:
@@ -57,9 +53,7 @@ def without_reference(loss: Loss) -> Loss:
 
 def reads_reference(loss: Callable) -> bool:
     """Whether a loss is not marked by `without_reference`, also through `functools.partial`."""
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return not getattr(loss, "without_reference", False)
+    return not _said(loss, "without_reference", False)
 
 
 def extra(response: Response, name: str, loss: str) -> Array:
@@ -71,3 +65,9 @@ def extra(response: Response, name: str, loss: str) -> Array:
     if name not in response.extra:
         raise ValueError(f"{loss}: Response.extra holds {sorted(response.extra)}; expected {name!r} among them")
     return response.extra[name]
+
+
+def _said(loss: Callable, name: str, default: Any) -> Any:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, name, default)
