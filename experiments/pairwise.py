@@ -32,11 +32,12 @@ NAMED = (
     *(losses.dpo, losses.robust_dpo, losses.ipo, losses.hinge, losses.exo_pair, losses.exo_official, losses.discopop),
     *(losses.apo_zero, losses.apo_down, losses.nca_pair, losses.bco_pair, losses.kto_pair, losses.sppo),
     *(losses.sppo_hard, losses.aot, losses.aot_unpaired, losses.odpo, losses.rpo_backward_kl, losses.rpo_forward_kl),
-    *(losses.rpo_squared, losses.r_dpo, losses.ld_dpo, losses.ld_dpo_policy, losses.dpop, losses.tdpo1, losses.tdpo2),
+    *(losses.rpo_squared, losses.r_dpo, losses.ld_dpo, losses.ld_dpo_policy, losses.dpop),
     *(losses.mdpo, losses.rpo, losses.beta_dpo, losses.dpo_soft, losses.ipo_soft),
 )
 OBJECTIVES: dict[str, Objective] = {
     **{loss.__name__: Objective(loss) for loss in NAMED},
+    **{loss.__name__: Objective(loss, reward=preference.with_kl) for loss in (losses.tdpo1, losses.tdpo2)},
     "ipo_average": Objective(losses.ipo_average),
     "dpo_average": Objective(losses.dpo_average),
     "rpo_token_nll": Objective(losses.dpo, nll_weight=1.0),

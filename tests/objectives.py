@@ -32,6 +32,7 @@ TABLES = {
         "correction": "grpo.CORRECTIONS",
         "kl": "grpo.KLS",
     },
+    "ppo": {"policy-loss": "ppo.POLICY_LOSSES"},
 }
 HEAD = """# Every objective
 

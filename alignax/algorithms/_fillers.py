@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from alignax.types import Array
+from alignax.types import Array, Mean
 
 Batch = TypeVar("Batch")
 
@@ -36,3 +36,18 @@ def blank(batch: Batch) -> Batch:
     found = {name: part for name in names if (part := getattr(batch, name, None)) is not None}
     parts = {name: jax.tree.map(partial(without, name), part) for name, part in found.items()}
     return batch._replace(**parts)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def without_empty(batch: Batch) -> tuple[Batch, Mean]:
+    """The batch with weight 0 where an answer has no tokens, and the share of the rows that this leaves out.
+
+    An empty answer is no evidence: its average log-probability is 0, the largest there is, and its log-ratio 0 too.
+    `mask` is `[B, T]`, or `[B, 2, T]` of pairs, which need both sides.
+    """
+    mask, weights = batch.mask, batch.weights  # pyright: ignore[reportAttributeAccessIssue]
+    said = jnp.all(jnp.any(mask != 0, axis=-1).reshape(mask.shape[0], -1), axis=1)
+    weights = jnp.ones(said.shape, jnp.float32) if weights is None else weights
+    counted = weights != 0
+    share = Mean(jnp.sum((counted & ~said).astype(jnp.float32)), jnp.sum(counted.astype(jnp.float32)))
+    left = batch._replace(weights=jnp.where(said, weights, 0.0))  # pyright: ignore[reportAttributeAccessIssue]
+    return left, share

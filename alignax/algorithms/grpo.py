@@ -143,14 +143,17 @@ def make_loss(
 
 
 def _check_kl(kl: Callable[..., Array] | None, unbiased_kl: bool) -> None:
-    # of samples of the policy; times the live ratio, k1 has the exact gradient
+    # of samples of the policy; times the live ratio, k1 and k3 have the exact gradient, and the others lose it
     nothing = {losses.absolute: "is no KL", losses.k3_forward: "estimates from samples of the reference"}
-    if not unbiased_kl:
+    if unbiased_kl:
+        others = (losses.k2, losses.k1_straight_through, losses.k3_straight_through)
+        nothing |= dict.fromkeys(others, "has its gradient without the ratio that unbiased_kl multiplies it with")
+    else:
         nothing[losses.k1] = "has an expected gradient of 0"
     if kl in nothing:
         raise ValueError(
-            f"grpo: kl={kl.__name__} {nothing[kl]}, and holds no policy as a loss; expected k2, k3 or "
-            "k3_straight_through here, k1 in the reward (rewards.shaped_rewards), or k1 with unbiased_kl"
+            f"grpo: kl={kl.__name__} {nothing[kl]}; expected k2, k3 or k3_straight_through in a loss, k1 or k3 with "
+            "unbiased_kl, or k1 in the reward (rewards.shaped_rewards)"
         )
 
 

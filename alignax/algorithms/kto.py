@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax import losses, reduce
-from alignax.algorithms._fillers import blank
+from alignax.algorithms._fillers import blank, without_empty
 from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import token_logprobs
 from alignax.losses._sides import log_ratio
@@ -53,11 +53,13 @@ def make_loss(model: Model, *, loss: Callable[..., Array] = losses.kto) -> LossF
       `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `frozen` is `{"reference": params}`, or
       None where the batch brings the reference's log-probabilities. Metrics: `rewards/chosen`, `rewards/rejected` (beta
       times the log-ratio), `logps/chosen`, `logps/rejected`, each of one class and 0 where that is missing, which
-      `desirable_fraction` tells; `kl` (clamped at 0) or `delta`.
+      `desirable_fraction` tells; `kl` (clamped at 0) or `delta`; `dropped/empty`, the share of the answers without
+      tokens, which weigh nothing.
     """
     default_beta = _default_beta(loss)
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
+        batch, empty = without_empty(batch)
         batch, hyper = blank(batch), {name: x for name, x in hyper.items() if name != "delta_rate"}
         if missing := [name for name in _coupled(loss) if name not in hyper]:
             raise ValueError(
@@ -68,7 +70,7 @@ def make_loss(model: Model, *, loss: Callable[..., Array] = losses.kto) -> LossF
             hyper["undesirable_weight"] = batch.undesirable_weight
         answers = response(model, params, batch, frozen)
         rows = reduce.batch_mean(loss(answers, batch.desirable, **hyper), batch.weights)
-        metrics = class_metrics(answers, batch, hyper.get("beta", default_beta))
+        metrics = class_metrics(answers, batch, hyper.get("beta", default_beta)) | {"dropped/empty": empty}
         for name in _coupled(loss):
             value = jnp.asarray(hyper[name], jnp.float32)
             metrics[name] = Mean(jnp.maximum(value, 0.0) if name == "kl" else value, jnp.ones(()))
@@ -97,7 +99,7 @@ def make_statistics(model: Model, *, loss: Callable[..., Array] = losses.kto) ->
         return {"kl": losses.mismatched_kl(mismatched(model, params, batch, frozen), batch.weights)}
 
     def delta(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]) -> dict[str, Mean | Max]:
-        batch = blank(batch)
+        batch = blank(without_empty(batch)[0])
         beta = hyper.get("beta", default_beta)
         mean = losses.mean_reward(response(model, params, batch, frozen), batch.weights, beta=beta)
         rate, before = hyper.get("delta_rate", 1.0), hyper.get("delta", 0.0)

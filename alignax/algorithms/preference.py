@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from alignax import losses, reduce
-from alignax.algorithms._fillers import blank
+from alignax.algorithms._fillers import blank, without_empty
 from alignax.algorithms._frozen import frozen_params
 from alignax.logprobs import predicted, score
 from alignax.losses._sides import log_ratio
@@ -72,6 +72,11 @@ def whole(response: Response) -> Array:
     return log_ratio(response)
 
 
+def with_kl(response: Response) -> Array:
+    """The log-ratio and the KL on its way: the implicit reward over beta of TDPO."""
+    return log_ratio(response) + jnp.sum(jnp.where(response.mask != 0, response.extra["forward_kl"], 0.0), axis=-1)
+
+
 def average(response: Response) -> Array:
     """The average log-probability of a token: the implicit reward over beta of SimPO, ORPO and AlphaPO."""
     return response.mean
@@ -100,14 +105,15 @@ def make_loss(
       `loss_fn(params, batch, frozen, hyper)` for `alignax.train.make_update`; `frozen` is `{"reference": params}`, or
       None where the batch brings `ref_logp` or the loss needs no reference (`losses.without_reference`). Metrics:
       `rewards/chosen`, `rewards/rejected`, `rewards/margins` (beta times `reward`), `rewards/accuracies` (a tie counts
-      as wrong), `logps/chosen`, `logps/rejected`, and the means of computed extras (`kl/chosen`, `kl/rejected` of
-      TDPO).
+      as wrong), `logps/chosen`, `logps/rejected`, the means of computed extras (`kl/chosen`, `kl/rejected` of TDPO),
+      and `dropped/empty`, the share of pairs that weigh nothing since one side has no tokens.
       A loss that needs the whole batch (AOT) is refused with micro-batches and under pmap.
     """
     parameters = inspect.signature(loss).parameters
     default_beta = parameters["beta"].default if "beta" in parameters else 1.0
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
+        batch, empty = without_empty(batch)
         batch, hyper = blank(batch), dict(hyper)
         weight = hyper.pop("nll_weight", nll_weight)
         chosen, rejected = sides(model, params, batch, frozen, needed(loss), whole_rows=nll_over_prompt)
@@ -124,7 +130,7 @@ def make_loss(
             nll = nll_mean(losses.cross_entropy(chosen.logp, mask), mask, batch.weights)
             terms["nll"] = Term(weight, nll)
         metrics = pair_metrics(chosen, rejected, batch.weights, hyper.get("beta", default_beta), reward)
-        return terms, metrics
+        return terms, metrics | {"dropped/empty": empty}
 
     loss_fn.whole_batch = needs_whole_batch(loss)  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
@@ -137,7 +143,7 @@ def make_statistics(model: Model) -> Callable[..., dict[str, Mean]]:
     """
 
     def statistics(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]) -> dict[str, Mean]:
-        batch = blank(batch)
+        batch = blank(without_empty(batch)[0])
         chosen, rejected = sides(model, params, batch, frozen)
         return {
             "kl_chosen": reduce.batch_mean(whole(chosen), batch.weights),

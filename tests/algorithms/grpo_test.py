@@ -168,3 +168,18 @@ def test_a_correction_of_what_nobody_reported_is_refused():
     loss_fn = grpo.make_loss(model, kl=None, correction=corrections.icepop)
     with pytest.raises(ValueError, match=r"the batch has no rollout_logp; expected one for the correction icepop"):
         jax.eval_shape(loss_fn, params, problems()["grpo"].batch, None, {})
+
+
+@pytest.mark.parametrize(
+    "kl, unbiased, message",
+    [
+        (losses.k1, False, "kl=k1 has an expected gradient of 0"),
+        (losses.absolute, True, "kl=absolute is no KL"),
+        (losses.k3_forward, False, "kl=k3_forward estimates from samples of the reference"),
+        (losses.k2, True, "kl=k2 has its gradient without the ratio"),
+    ],
+)
+def test_estimators_that_hold_no_policy_are_refused(kl, unbiased, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.make_loss(tiny()[0], kl=kl, unbiased_kl=unbiased)
+    grpo.make_loss(tiny()[0], kl=losses.k1, unbiased_kl=True)

@@ -48,6 +48,8 @@ def test_the_first_update_is_the_formula(problem):
     x, others, w, good = log_ratios(problem), log_ratios(problem, "mismatched_"), batch.weights, batch.desirable
     counted = w * batch.mismatched_mask.any(axis=1)
     assert counted.sum() == w.sum() - 1
+    w = w * batch.mask.any(axis=1)  # an empty answer weighs nothing
+    assert w.sum() == batch.weights.sum() - 1
     kl = np.sum(counted * others) / np.sum(counted)
     assert kl > 0.05
     loss = np.where(good, 0.7 * (1 - sigmoid(beta * (x - kl))), 1.2 * (1 - sigmoid(beta * (kl - x))))
@@ -57,6 +59,7 @@ def test_the_first_update_is_the_formula(problem):
         "rewards/chosen": np.sum((w * beta * x)[good]) / np.sum(w[good]),
         "rewards/rejected": np.sum((w * beta * x)[~good]) / np.sum(w[~good]),
         "desirable_fraction": np.sum(w[good]) / np.sum(w),
+        "dropped/empty": 1 / 15,
     }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
@@ -80,7 +83,8 @@ def test_bco_over_micro_batches(problem):
     statistics = kto.make_statistics(model, loss=losses.bco)
     assert statistics is not None
     found = jax.jit(statistics)(params, bco.batch, bco.frozen, hyper)["delta"].value()
-    mean = np.sum(weights * 0.3 * log_ratios(bco)) / np.sum(weights)
+    counted = weights * problem.batch.mask.any(axis=1)
+    mean = np.sum(counted * 0.3 * log_ratios(bco)) / np.sum(counted)
     np.testing.assert_allclose(found, 0.5 + 0.25 * (mean - 0.5), rtol=1e-5)
     running, _ = losses.bco_delta(0.5, 3.0, Mean(jnp.asarray(mean), jnp.ones(())))  # one row in four
     np.testing.assert_allclose(running, found, rtol=1e-5)

@@ -34,8 +34,13 @@ def dense(problem):
     return of(params), of(problem.frozen["reference"])
 
 
+def counted(batch):
+    """The weights: 0 also where a side is empty."""
+    return batch.weights * batch.mask.any(-1).all(-1)
+
+
 def weighted_mean(x, batch):
-    return np.sum(x * batch.weights) / np.sum(batch.weights)
+    return np.sum(x * counted(batch)) / np.sum(counted(batch))
 
 
 def evaluated(loss_fn, problem, batch=None, **hyper):
@@ -117,14 +122,14 @@ def test_the_supervised_summand(problem, dense, over_prompt):
     batch, (logp, _) = problem.batch, dense
     mask = (batch.segments[:, 0] != 0) & (np.arange(batch.tokens.shape[-1]) > 0) if over_prompt else batch.mask[:, 0]
     own = np.take_along_axis(logp, batch.tokens[..., None], -1)[:, 0, :, 0]
-    weights = mask * batch.weights[:, None]
+    weights = mask * counted(batch)[:, None]
     loss_fn = preference.make_loss(tiny()[0], nll_weight=0.3, nll_over_prompt=over_prompt)
     terms, _ = evaluated(loss_fn, problem, beta=0.3)
     np.testing.assert_allclose(terms["nll"], (0.3, np.sum(-own * weights) / np.sum(weights)), rtol=2e-5)
     plain, _ = evaluated(preference.make_loss(tiny()[0]), problem, beta=0.3)
     np.testing.assert_allclose(terms["pairs"], plain["pairs"], rtol=1e-6)
     sums = preference.make_loss(tiny()[0], nll_mean=reduce.sequence_sum, nll_over_prompt=over_prompt, nll_weight=0.3)
-    per_row = np.sum(-own * mask, -1) @ (batch.weights * mask.any(-1)) / np.sum(batch.weights * mask.any(-1))
+    per_row = np.sum(-own * mask, -1) @ counted(batch) / np.sum(counted(batch))
     np.testing.assert_allclose(evaluated(sums, problem, nll_weight=2.0)[0]["nll"], (2.0, per_row), rtol=2e-5)
 
 

@@ -318,7 +318,11 @@ def test_importing_the_tokenizer_says_nothing_about_torch(tmp_path, scratch):
 
 def test_mesh_loads_straight_into_the_shards_of_the_rules(tmp_path):
     script = pathlib.Path(__file__).with_name("mesh_script.py")
-    env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = {
+        **os.environ,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     command = [sys.executable, str(script), str(GOLDENS), str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
