@@ -140,15 +140,19 @@ def three_updates(
 
 
 def on_one_device() -> Callable:
-    """Compiles once and runs where the arrays are."""
-    compiled = []
+    """Compiles once and runs where the arrays are; `traces` grows with every compilation."""
+    compiled, traces = [], []
 
     def run(update, *args):
+        def counted(*args):
+            traces.append(1)
+            return update(*args)
+
         if not compiled:
-            compiled.append(jax.jit(update))
+            compiled.append(jax.jit(counted))
         return compiled[0](*args)
 
-    run.compiled = compiled
+    run.traces = traces
     return run
 
 

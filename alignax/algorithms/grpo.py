@@ -150,7 +150,7 @@ def _check_kl(kl: Callable[..., Array] | None, unbiased_kl: bool) -> None:
         nothing |= dict.fromkeys(others, "has its gradient without the ratio that unbiased_kl multiplies it with")
     else:
         nothing[losses.k1] = "has an expected gradient of 0"
-    if kl in nothing:
+    if kl is not None and kl in nothing:
         raise ValueError(
             f"grpo: kl={kl.__name__} {nothing[kl]}; expected k2, k3 or k3_straight_through in a loss, k1 or k3 with "
             "unbiased_kl, or k1 in the reward (rewards.shaped_rewards)"
