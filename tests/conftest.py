@@ -7,8 +7,8 @@ import subprocess
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny programs spend their time in the compiler, not on the processor: half of it goes without optimisation, half of the
-# rest without fusion emitters, which only this version is asked to leave out (an unknown flag would end the process).
+# Tiny programs spend their time in the compiler, not on the processor: half of it goes without optimisation, half of
+# the rest without fusion emitters, which only this version is asked to leave out (an unknown flag ends the process).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
