@@ -65,6 +65,19 @@ def policy_hyper(name: str, hyper: Mapping[str, float], **flags: float | None) -
     return found
 
 
+def check_updates(name: str, epochs: int, minibatches: int) -> None:
+    """Refuses a loss that holds for samples of the policy as it is, where a rollout makes more than one update.
+
+    Raises:
+      ValueError: naming the loss and the updates.
+    """
+    if POLICY_LOSSES[name] is losses.reinforce and epochs * minibatches > 1:
+        raise ValueError(
+            f"--policy-loss {name} with epochs={epochs}, minibatches={minibatches}: it knows no ratio to the policy "
+            "that sampled; expected 1 of each, or reinforce_is_token"
+        )
+
+
 class Prompts(NamedTuple):
     """Prompts to train on and prompts held out; `batches` makes batches of either, as `data.batches` does."""
 

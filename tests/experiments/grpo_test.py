@@ -128,6 +128,10 @@ def test_hyperparameters_that_fit_nothing_are_refused(options, message):
         ({"clip_high": -0.1}, r"clip_high=-0\.1; expected 0 or more"),
         ({"clip_low": 1.1}, r"clip_low=1\.1; expected 1 or less"),
         ({"hyper": {"cap": 1.0}}, r"hyper \['cap'\]: unknown"),
+        (
+            {"policy_loss": "reinforce", "epochs": 2},
+            "reinforce with epochs=2, minibatches=1: it knows no",
+        ),
         ({"unbiased_kl": True, "kl": "k2"}, "unbiased_kl with --kl k2; expected k3"),
     ],
 )

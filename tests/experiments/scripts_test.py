@@ -403,7 +403,11 @@ def write_rules(folder, name):
             {"reward": "vowels", "critic": "policy", "hyper": {"dual_clip": 1.0}},
             r"dual_clip=1; expected a number above",
         ),
-        ({"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "clip_low": 0.2}, "unknown to --policy"),
+        (
+            {"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "epochs": 1, "clip_low": 0.2},
+            "unknown to --policy",
+        ),
+        ({"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "epochs": 4}, "reinforce with epochs=4"),
         (
             {"reward": "vowels", "critic": "policy", "entropy_target": 1.0, "entropy_weight": 2.0},
             r"entropy_weight=2\.0; expected 1 or less",
