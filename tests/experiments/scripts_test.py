@@ -404,7 +404,7 @@ def write_rules(folder, name):
             r"dual_clip=1; expected a number above",
         ),
         (
-            {"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "epochs": 1, "clip_low": 0.2},
+            {"reward": "vowels", "critic": "policy", "policy_loss": "vespo", "clip_low": 0.2},
             "unknown to --policy",
         ),
         ({"reward": "vowels", "critic": "policy", "policy_loss": "reinforce", "epochs": 4}, "reinforce with epochs=4"),
