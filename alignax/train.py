@@ -170,7 +170,12 @@ def ema_every(reference: Params, params: Params, step: Scalar, *, every: Scalar,
     rate is `ema`. sDPO is the hard update where a stage of the data ends, with a new optimizer state: "sDPO: Don't Use
     Your Data All at Once", Kim et al. (https://arxiv.org/abs/2403.19270). Reference log-probabilities that were taken
     ahead no longer hold afterwards.
+
+    Raises:
+      ValueError: for an `every` that is known to be below 1.
     """
+    if not isinstance(every, jax.core.Tracer) and every < 1:
+        raise ValueError(f"ema_every: every={every}; expected at least 1")
     rate = jnp.where(jnp.asarray(step) % every == 0, rate, 0.0)
     return ema(reference, params, rate=rate)
 

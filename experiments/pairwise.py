@@ -124,25 +124,28 @@ STILL = {"beta_dpo": {"gap_mean": 0.0, "selected_mean": 0.0}}
 def make_dynamic_beta(model: Model) -> Callable:
     """Makes `prepare(state, batch, frozen, hyper) -> batch, hyper`: the pairs beta-DPO selects, and its running mean.
 
-    The forward pass that it takes is one more than other losses need: which pairs count depends on all of them.
+    The forward pass that it takes is one more than other losses need: which pairs count depends on all of them. What
+    it finds of the reference goes along with the batch.
     """
 
     @jax.jit
     def gaps_of(params, batch, frozen):
         chosen, rejected = preference.sides(model, params, batch, frozen)
-        return preference.whole(chosen) - preference.whole(rejected)
+        gaps = preference.whole(chosen) - preference.whole(rejected)
+        return gaps, jnp.stack([chosen.ref_logp, rejected.ref_logp], axis=1)
 
     moments = (jnp.zeros(()), jnp.zeros(()))
 
     def prepare(state, batch, frozen, hyper):
         nonlocal moments
-        gaps = gaps_of(state.params, batch, frozen)
+        gaps, ref_logp = gaps_of(state.params, batch, frozen)
         moments = losses.beta_dpo_moments(*moments, gaps, batch.weights)
         mean, std = moments
         key = jax.random.fold_in(state.key, state.step)
         weights = losses.beta_dpo_select(key, gaps, batch.weights, mean=mean, std=std)
         selected = reduce.batch_mean(gaps, weights).value()
-        return batch._replace(weights=weights), hyper | {"gap_mean": mean, "selected_mean": selected}
+        batch = batch._replace(weights=weights, ref_logp=ref_logp)
+        return batch, hyper | {"gap_mean": mean, "selected_mean": selected}
 
     return prepare
 

@@ -109,7 +109,10 @@ class Config:
 def tokenize(tokenizer, pair: data.Pair, **options) -> data.TokenPair:
     """The rows of a pair; an EOS ends the sides that ended by themselves."""
     ended = data.tokenize_pair(tokenizer, pair, **options)
-    cut_off = [pair.columns.get(f"{side}_truncated", False) for side in data.TokenPair._fields]
+    cut_off = [pair.columns.get(f"{side}_truncated") or False for side in data.TokenPair._fields]
+    for side, cut in zip(data.TokenPair._fields, cut_off, strict=True):
+        if cut not in (True, False):  # a text, "false" too, would count as true
+            raise data.BadRow(pair.where, f"wrong {side}_truncated", f"{cut!r}; expected true or false")
     if not any(cut_off):
         return ended
     bare = data.tokenize_pair(tokenizer, pair, eos=False, **options)
@@ -132,6 +135,8 @@ def load_pairs(config: Config, tokenizer, names: tuple[str, ...]) -> tuple[list,
     train_rows, held_out = common.hold_out(config, rows, data.summary(rows, bad + unfit))
     if config.reference != "sdpo":
         return train_rows, held_out
+    if config.stages > len(train_rows):
+        raise ValueError(f"stages={config.stages}; expected at most the {len(train_rows)} pairs to train on")
     order = {id(row): number for number, row in enumerate(rows)}
     return sorted(train_rows, key=lambda row: order[id(row)]), held_out
 
@@ -226,11 +231,11 @@ def main(config: Config) -> dict[str, float]:
                 if prepare is not None:
                     batch, now = prepare(state, batch, frozen, hyper)
                 state, metrics = update(state, batch, frozen, now)
+                if step % config.evaluate_every == 0 or step == config.steps:
+                    result = evaluate()  # before the reference moves: against itself a policy has no margins
+                    metrics |= result
                 if config.reference in ("soft", "hard", "ema"):
                     frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
-                if step % config.evaluate_every == 0 or step == config.steps:
-                    result = evaluate()
-                    metrics |= result
                 run.log(step, metrics)
     show("after", state.params, state.key)
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)

@@ -233,7 +233,9 @@ def _given(model, params, batch: Batch, reference, names: tuple[str, ...]) -> di
         def logp(weights):
             return score(model, weights, rows.tokens, rows.segments, mask=rows.mask).logp
 
-        ref_logp = rows.ref_logp if reference is None else jax.lax.stop_gradient(logp(reference))
+        ref_logp = rows.ref_logp
+        if ref_logp is None and reference is not None:
+            ref_logp = jax.lax.stop_gradient(logp(reference))
         given |= {"degraded_logp": logp(params), "degraded_ref_logp": ref_logp, "degraded_mask": rows.mask}
     known = {name: x for name, x in given.items() if x is not None}
     if missing := set(names) - set(COMPUTED) - set(known):

@@ -30,7 +30,10 @@ def needs(*names: str) -> Callable[[Loss], Loss]:
 
 
 def needed(loss: Callable) -> tuple[str, ...]:
-    """The entries of `Response.extra` that a loss reads, also through `functools.partial`; () for most losses."""
+    """The entries of `Response.extra` that a loss reads, also through `functools.partial` and `functools.wraps`.
+
+    () for most losses.
+    """
     return _said(loss, "needs", ())
 
 
@@ -68,6 +71,9 @@ def extra(response: Response, name: str, loss: str) -> Array:
 
 
 def _said(loss: Callable, name: str, default: Any) -> Any:
-    while isinstance(loss, functools.partial):
-        loss = loss.func
-    return getattr(loss, name, default)
+    while not hasattr(loss, name):
+        inner = loss.func if isinstance(loss, functools.partial) else getattr(loss, "__wrapped__", None)
+        if inner is None:
+            return default
+        loss = inner
+    return getattr(loss, name)

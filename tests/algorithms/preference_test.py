@@ -84,6 +84,9 @@ def test_extras_of_the_batch_and_of_degraded_prompts(problem):
     expected[2] = 0
     terms, _ = evaluated(preference.make_loss(model, loss=loss), problem, batch)
     np.testing.assert_allclose(terms["pairs"][1], weighted_mean(expected, problem.batch), rtol=2e-5)
+    ahead = batch._replace(degraded=preference.Rows(*own, np.full(own[2].shape, -3.0, np.float32)))
+    chosen, _ = preference.sides(model, params, jax.tree.map(jnp.asarray, ahead), problem.frozen, loss.needs)
+    assert np.all(chosen.extra["degraded_ref_logp"] == -3)  # as it came, and not computed
     for incomplete in (
         problem.batch,
         batch._replace(degraded=None),
@@ -102,6 +105,7 @@ def test_extras_of_the_batch_and_of_degraded_prompts(problem):
         (losses.orpo, False),
         (functools.partial(losses.simpo, gamma=1.0), False),
         (losses.wpo(losses.cpo), False),
+        (losses.wpo(functools.partial(losses.simpo, gamma=1.0)), False),
         (losses.mixture({losses.simpo: 1.0, losses.cpo: 0.1}), False),
     ],
 )
@@ -174,3 +178,5 @@ def test_reference_schedules():
     soft = [train.ema_every(old, new, step, every=3, rate=0.6)["w"] for step in (1, 2, 3, 4, 6)]
     np.testing.assert_allclose(soft, [[0, 2], [0, 2], [0.6, -0.4], [0, 2], [0.6, -0.4]], atol=1e-7)
     np.testing.assert_allclose(train.ema_every(old, new, 6, every=3)["w"], new["w"])  # the hard update
+    with pytest.raises(ValueError, match="every=0; expected at least 1"):
+        train.ema_every(old, new, 6, every=0)

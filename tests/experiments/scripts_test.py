@@ -82,7 +82,8 @@ def test_sft(tiny_folder, tmp_path, capsys):
 OBJECTIVES = {
     "dpo": {"reference": "soft", "reference_every": 2, "microbatches": 2},
     "mdpo": {"reference": "sdpo", "bfloat16": True},  # the chosen side after another prompt; a stage each two updates
-    "beta_dpo": {"nll_weight": 0.1},
+    # evaluated where the reference becomes the policy
+    "beta_dpo": {"nll_weight": 0.1, "reference": "hard", "reference_every": 2},
 }
 
 
@@ -527,6 +528,7 @@ def test_ppo_refuses_a_reward_model_of_other_tokens(tiny_folder, reward_folder, 
         ({"divergence": "alpha", "divergence_alpha": 2.0}, "f_alpha: alpha=2; expected 0 <= alpha <= 1"),
         ({"divergence_alpha": 0.3}, "divergence_alpha=0.3 with divergence='reverse_kl'; expected alpha"),
         ({"reference": "soft", "reference_rate": 1.5}, "reference_rate=1.5; expected 1 or less"),
+        ({"reference": "sdpo", "stages": 28}, "stages=28; expected at most the 27 pairs to train on"),
         ({"loss": "odpo"}, r"data.jsonl:1: wrong margin.*the loss needs a number there"),
         ({"loss": "mdpo"}, r"data.jsonl:1: wrong degraded_prompt: None; mdpo needs the prompt"),
     ],
@@ -537,6 +539,14 @@ def test_preference_refuses(tiny_folder, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         preference.main(preference.Config(**config))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_side_is_cut_off_or_not(tiny_folder):
+    tokenizer, pair = hf.load(tiny_folder).tokenizer, data.Pair("row", "q", "yes", "no", {"chosen_truncated": True})
+    cut, ended = (preference.tokenize(tokenizer, p, limit=40) for p in (pair, pair._replace(columns={})))
+    assert cut.chosen.length == ended.chosen.length - 1 and cut.rejected.length == ended.rejected.length
+    with pytest.raises(data.BadRow, match="wrong rejected_truncated: 'false'; expected true or false"):
+        preference.tokenize(tokenizer, pair._replace(columns={"rejected_truncated": "false"}), limit=40)
 
 
 def test_sft_refuses_pairs_and_previews_within_the_context(tiny_folder, tmp_path):
