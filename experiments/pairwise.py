@@ -132,6 +132,7 @@ def make_dynamic_beta(model: Model) -> Callable:
     def gaps_of(params, batch, frozen):
         chosen, rejected = preference.sides(model, params, batch, frozen)
         gaps = preference.whole(chosen) - preference.whole(rejected)
+        assert chosen.ref_logp is not None and rejected.ref_logp is not None  # `frozen` holds a reference
         return gaps, jnp.stack([chosen.ref_logp, rejected.ref_logp], axis=1)
 
     moments = (jnp.zeros(()), jnp.zeros(()))

@@ -43,10 +43,15 @@ def without_empty(batch: Batch) -> tuple[Batch, Mean]:
 
     An empty answer is no evidence: its average log-probability is 0, the largest there is, and its log-ratio 0 too.
     `mask` is `[B, T]`, or `[B, 2, T]` of pairs, which need both sides.
+
+    Raises:
+      ValueError: for weights that are not one for each row.
     """
     mask, weights = batch.mask, batch.weights  # pyright: ignore[reportAttributeAccessIssue]
     said = jnp.all(jnp.any(mask != 0, axis=-1).reshape(mask.shape[0], -1), axis=1)
     weights = jnp.ones(said.shape, jnp.float32) if weights is None else weights
+    if weights.shape != said.shape:
+        raise ValueError(f"batch.mask of shape {mask.shape} has not the rows of weights of shape {weights.shape}")
     counted = weights != 0
     share = Mean(jnp.sum((counted & ~said).astype(jnp.float32)), jnp.sum(counted.astype(jnp.float32)))
     left = batch._replace(weights=jnp.where(said, weights, 0.0))  # pyright: ignore[reportAttributeAccessIssue]

@@ -111,6 +111,7 @@ def make_loss(
     """
     parameters = inspect.signature(loss).parameters
     default_beta = parameters["beta"].default if "beta" in parameters else 1.0
+    required = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty} - {"weights"}
 
     def loss_fn(params: Params, batch: Batch, frozen: Any, hyper: dict[str, Scalar]):
         batch, empty = without_empty(batch)
@@ -121,6 +122,11 @@ def make_loss(
             raise ValueError(
                 "preference: the loss reads a reference, and there is none; expected frozen={'reference': params} or "
                 "batch.ref_logp (zeros for none at all); a loss that reads none says so by losses.without_reference"
+            )
+        if missing := sorted(required - set(hyper)):
+            raise ValueError(
+                f"preference: the loss needs {missing}, and hyper holds {sorted(hyper)}; losses.kto_pair has its "
+                "own by make_update(statistics=preference.make_statistics(model))"
             )
         options = {"weights": batch.weights} if needs_whole_batch(loss) else {}
         pairs = reduce.batch_mean(loss(chosen, rejected, **options, **hyper), batch.weights)

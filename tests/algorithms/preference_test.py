@@ -173,6 +173,16 @@ def test_statistics_of_all_micro_batches(problem):
     )
 
 
+def test_numbers_of_the_whole_batch_and_weights_of_every_row_are_asked_for(problem):
+    model, params = tiny()
+    with pytest.raises(ValueError, match=r"needs \['kl_chosen', 'kl_rejected'\], and hyper holds \[\]; .*statistics="):
+        evaluated(preference.make_loss(model, loss=losses.kto_pair), problem)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match="has not the rows of weights of shape"):
+            batch = problem.batch._replace(weights=np.ones(rows, np.float32))
+            jax.eval_shape(preference.make_loss(model), params, batch, problem.frozen, {})
+
+
 def test_reference_schedules():
     old, new = {"w": jnp.array([0.0, 2.0])}, {"w": jnp.array([1.0, -2.0])}
     soft = [train.ema_every(old, new, step, every=3, rate=0.6)["w"] for step in (1, 2, 3, 4, 6)]
