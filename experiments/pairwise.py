@@ -19,13 +19,14 @@ class Objective(NamedTuple):
 
     loss: Callable
     nll_weight: float | None = None  # of its supervised summand
+    nll_mean: Callable = reduce.token_mean
     reward: Callable = preference.whole  # what its metrics call a reward, over beta
     reference: bool = True  # False: it reads none
 
 
 def free(loss: Callable, nll_weight: float | None = None, reward: Callable = preference.average) -> Objective:
     """An objective without a reference."""
-    return Objective(loss, nll_weight, reward, reference=False)
+    return Objective(loss, nll_weight, reward=reward, reference=False)
 
 
 NAMED = (
@@ -42,7 +43,8 @@ OBJECTIVES: dict[str, Objective] = {
     "dpo_average": Objective(losses.dpo_average),
     "rpo_token_nll": Objective(losses.dpo, nll_weight=1.0),
     "mpo": Objective(losses.mpo, nll_weight=1.0),
-    "cpo": free(losses.cpo, 1.0, preference.whole),
+    "cpo": free(losses.cpo, 1.0, preference.whole)._replace(nll_mean=reduce.sequence_sum),
+    "cpo_token_nll": free(losses.cpo, 1.0, preference.whole),  # TRL's
     "slic_hf": free(losses.slic_hf, None, preference.whole),
     "simpo": free(losses.simpo),
     "simpo_hinge": free(losses.simpo_hinge),

@@ -8,9 +8,10 @@ columns prompt, chosen, rejected; the prompt may also be the beginning that both
 conversations (`alignax.data.formats`). A side that was cut off when it was sampled gets no EOS: say so in
 the columns chosen_truncated and rejected_truncated. Some losses read more columns: odpo `margin`, dpo_soft and ipo_soft
 `preference` (the probability that the chosen side is preferred), the reward-aware RPOs `chosen_reward` and
-`rejected_reward`, sppo `chosen_win_rate` and `rejected_win_rate`, mdpo `degraded_prompt`. The reference is the model as
-it was loaded, unless `--reference` says that it follows. Results in the output folder: model/ (a Hugging Face folder),
-metrics.jsonl, TensorBoard scalars, curves.png, config.json.
+`rejected_reward`, sppo `chosen_win_rate` and `rejected_win_rate`, mdpo `degraded_prompt`. bco_pair and mpo keep their
+delta where it is, at 0 unless `--hyper delta` says otherwise, as TRL does. The reference is the model as it was loaded,
+unless `--reference` says that it follows. Results in the output folder: model/ (a Hugging Face folder), metrics.jsonl,
+TensorBoard scalars, curves.png, config.json.
 """
 
 import dataclasses
@@ -172,7 +173,7 @@ def make_steps(
     config: Config, objective: pairwise.Objective, model: Model, optimizer: optax.GradientTransformation
 ) -> tuple[Callable, Callable, Callable | None]:
     """The compiled update and measurement, and what prepares a batch (beta-DPO alone needs it)."""
-    chosen = {"loss": objective.loss, "nll_weight": objective.nll_weight, "reward": objective.reward}
+    chosen = {name: value for name, value in objective._asdict().items() if name != "reference"}
     loss_fn = preference.make_loss(model, **chosen)
     statistics: Callable | None = preference.make_statistics(model) if config.loss == "kto_pair" else None
     update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
@@ -202,7 +203,8 @@ def main(config: Config) -> dict[str, float]:
     plain = [row.pair for row in pairs]
     print("training pairs:", data.batching.statistics(plain, batch_size=config.batch_size, buckets=buckets))
 
-    optimizer = common.optimizer_of(config)
+    steps = max(count for _, count in stages(config, pairs))  # a stage of sDPO has a schedule of its own
+    optimizer = common.optimizer_of(dataclasses.replace(config, steps=steps))
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     frozen = {"reference": loaded.params} if objective.reference else None
     update, measure, prepare = make_steps(config, objective, loaded.model, optimizer)
@@ -234,7 +236,7 @@ def main(config: Config) -> dict[str, float]:
                 if step % config.evaluate_every == 0 or step == config.steps:
                     result = evaluate()  # before the reference moves: against itself a policy has no margins
                     metrics |= result
-                if config.reference in ("soft", "hard", "ema"):
+                if config.reference in ("soft", "hard", "ema") and step % pairwise.schedule(config)["every"] == 0:
                     frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
                 run.log(step, metrics)
     show("after", state.params, state.key)

@@ -174,7 +174,8 @@ def page() -> str:
             name, formula = first_line(function)
             test = test_of(path, function, rows)
             link = f"[{pathlib.Path(test).stem}](../../{test})" if test else ""
-            script = ", ".join(use.get(function, [])[:3])
+            found = use.get(function, [])
+            script = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
             line = (cells(name), cells(formula), f"`{path}`", script, papers(function), link)
             lines.append(f"| {' | '.join(line)} |")
         lines.append("")
