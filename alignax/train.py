@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from alignax.types import Array, LossFn, Max, Mean, Params, Scalar, Term
 
@@ -174,7 +175,7 @@ def ema_every(reference: Params, params: Params, step: Scalar, *, every: Scalar,
     Raises:
       ValueError: for an `every` that is known to be below 1.
     """
-    if not isinstance(every, jax.core.Tracer) and every < 1:
+    if not isinstance(every, Tracer) and every < 1:
         raise ValueError(f"ema_every: every={every}; expected at least 1")
     rate = jnp.where(jnp.asarray(step) % every == 0, rate, 0.0)
     return ema(reference, params, rate=rate)

@@ -11,7 +11,8 @@ from alignax import losses, train
 def test_an_objective_takes_two_sides_and_its_defaults(name):
     objective = pairwise.objective(name)
     pairwise.try_out(objective.loss, {})
-    assert objective.reference or objective.reward is not pairwise.preference.whole or name in ("cpo", "cpo_token_nll", "slic_hf")
+    sums = ("cpo", "cpo_token_nll", "slic_hf")  # their rewards are of whole sequences without a reference
+    assert objective.reference or objective.reward is not pairwise.preference.whole or name in sums
 
 
 def test_every_pairwise_loss_of_the_library_has_a_name():
