@@ -64,3 +64,17 @@ def pytest_generate_tests(metafunc):
     if "row" in metafunc.fixturenames and hasattr(metafunc.cls, "rows"):
         rows = metafunc.cls.rows
         metafunc.parametrize("row", rows.values(), ids=rows.keys(), scope="class")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the tests of `properties.Properties` that say nothing of their row."""
+    nothing = [
+        item
+        for item in items
+        if (which := getattr(getattr(item, "function", None), "of_rows", None))
+        and not which(item.callspec.params["row"])
+    ]
+    if nothing:
+        config.hook.pytest_deselected(items=nothing)
+        left_out = set(map(id, nothing))
+        items[:] = [item for item in items if id(item) not in left_out]

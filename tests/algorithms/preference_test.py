@@ -43,6 +43,12 @@ def weighted_mean(x, batch):
     return np.sum(x * counted(batch)) / np.sum(counted(batch))
 
 
+def own_logp(dense, problem):
+    """Log-probabilities of the rows' own tokens, float64 [B, 2, T], 0 where masked out."""
+    tokens, mask = problem.batch.tokens, problem.batch.mask
+    return np.where(mask, np.take_along_axis(dense[0], tokens[..., None], -1)[..., 0], 0)
+
+
 def evaluated(loss_fn, problem, batch=None, **hyper):
     _, params = tiny()
     terms, metrics = jax.jit(loss_fn)(params, batch or problem.batch, problem.frozen, hyper)
@@ -65,7 +71,7 @@ def test_extras_that_the_models_give(problem, dense):
     np.testing.assert_allclose(metrics["kl/rejected"].value(), expected, rtol=2e-5)
 
 
-def test_extras_of_the_batch_and_of_degraded_prompts(problem):
+def test_extras_of_the_batch_and_of_degraded_prompts(problem, dense):
     @needs("reward", "margin", "degraded_logp", "degraded_ref_logp", "degraded_mask")
     def loss(chosen, rejected):
         degraded = jnp.where(chosen.extra["degraded_mask"], chosen.extra["degraded_logp"], 0.0)
@@ -79,8 +85,7 @@ def test_extras_of_the_batch_and_of_degraded_prompts(problem):
     own = [x[:, 0] for x in (problem.batch.tokens, problem.batch.segments, problem.batch.mask)]
     batch = problem.batch._replace(extra=extras, degraded=preference.Rows(*own))
     model, params = tiny()
-    logp = preference.logprobs(model, params, jax.tree.map(jnp.asarray, problem.batch))[:, 0]
-    expected = extras["margin"] * (extras["reward"] @ [1, -1]) + np.asarray(jnp.sum(logp, -1))
+    expected = extras["margin"] * (extras["reward"] @ [1, -1]) + own_logp(dense, problem)[:, 0].sum(-1)
     expected[2] = 0
     terms, _ = evaluated(preference.make_loss(model, loss=loss), problem, batch)
     np.testing.assert_allclose(terms["pairs"][1], weighted_mean(expected, problem.batch), rtol=2e-5)
@@ -137,11 +142,9 @@ def test_the_supervised_summand(problem, dense, over_prompt):
     np.testing.assert_allclose(evaluated(sums, problem, nll_weight=2.0)[0]["nll"], (2.0, per_row), rtol=2e-5)
 
 
-def test_metrics_of_losses_of_average_tokens(problem):
+def test_metrics_of_losses_of_average_tokens(problem, dense):
     _, metrics = evaluated(preference.make_loss(tiny()[0], reward=preference.average), problem, beta=2.0)
-    model, params = tiny()
-    chosen, _ = preference.sides(model, params, jax.tree.map(jnp.asarray, problem.batch), None)
-    mean = np.sum(chosen.logp * chosen.mask, -1) / np.maximum(np.sum(chosen.mask, -1), 1)
+    mean = own_logp(dense, problem)[:, 0].sum(-1) / np.maximum(problem.batch.mask[:, 0].sum(-1), 1)
     np.testing.assert_allclose(metrics["rewards/chosen"].value(), 2 * weighted_mean(mean, problem.batch), rtol=1e-5)
 
 
