@@ -21,8 +21,8 @@ from jaxtyping import Float
 
 from alignax import reduce
 from alignax.losses._checks import check_positive
-from alignax.losses._ratios import FLOOR, exp, row_mean
-from alignax.types import Array, Max, Mean, Scalar
+from alignax.losses._ratios import exp, row_mean
+from alignax.types import LEAST_LOGP, Array, Max, Mean, Scalar
 
 
 def token_ratio(old_logp: Float[Array, "B T"], rollout_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
@@ -272,7 +272,7 @@ def mismatch_metrics(
     }
     chosen = mask != 0
     surprise = [
-        row_mean(-jnp.maximum(jnp.where(chosen, x.astype(jnp.float32), 0.0), FLOOR), mask)
+        row_mean(-jnp.maximum(jnp.where(chosen, x.astype(jnp.float32), 0.0), LEAST_LOGP), mask)
         for x in (old_logp, rollout_logp)
     ]
     rows = {
@@ -308,7 +308,7 @@ def _log_ratio(old_logp: Array, rollout_logp: Array, mask: Array) -> Float[Array
     chex.assert_rank([old_logp, rollout_logp, mask], 2)
     chex.assert_equal_shape([old_logp, rollout_logp, mask])
     old_logp, rollout_logp = (
-        jnp.maximum(jnp.where(mask != 0, x.astype(jnp.float32), 0.0), FLOOR) for x in (old_logp, rollout_logp)
+        jnp.maximum(jnp.where(mask != 0, x.astype(jnp.float32), 0.0), LEAST_LOGP) for x in (old_logp, rollout_logp)
     )
     return jax.lax.stop_gradient(old_logp - rollout_logp)
 

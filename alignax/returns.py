@@ -12,8 +12,8 @@ from jaxtyping import Float
 
 from alignax.advantages import gae
 from alignax.losses._checks import check
-from alignax.losses._ratios import FLOOR, exp
-from alignax.types import Array, Scalar
+from alignax.losses._ratios import exp
+from alignax.types import LEAST_LOGP, Array, Scalar
 
 
 def discounted_returns(rewards: Float[Array, "B T"], mask: Array, *, gamma: Scalar = 1.0) -> Float[Array, "B T"]:
@@ -141,7 +141,7 @@ def vtrace(
     """
     chex.assert_equal_shape([logp, old_logp, rewards])
     rewards, values, mask, after = _checked(rewards, values, mask, bootstrap)
-    logp, old_logp = (jnp.maximum(jnp.where(mask, x.astype(jnp.float32), 0.0), FLOOR) for x in (logp, old_logp))
+    logp, old_logp = (jnp.maximum(jnp.where(mask, x.astype(jnp.float32), 0.0), LEAST_LOGP) for x in (logp, old_logp))
     rho = exp(logp - old_logp)
 
     def backward(carry, column):

@@ -16,6 +16,8 @@ Params = Any  # a pytree of arrays; for the shipped models nested dicts
 Cache = Any  # its layout is the model's own business
 Scalar = float | int | Array  # a hyperparameter: a Python number or a traced array
 
+LEAST_LOGP = -1e4  # what a log-probability counts for at least: a token of probability 0 must turn no loss into NaN
+
 
 class Mean(NamedTuple):
     """A mean not yet divided. Parts from micro-batches, devices and processes add up field by field, exactly."""
@@ -67,6 +69,10 @@ class Model(NamedTuple):
     config: what saving, planning and FLOP counts need; its `max_positions` is the longest row; None in most adapters.
     values: `(params, states [..., D]) -> [...]`, float32: one number per state, for reward models and critics; None
       without a scalar head (`alignax.models.with_score` gives a model one).
+    fork: `(cache, lengths [B], group, slots) -> cache` of B * group rows. The rows of a prompt share what its first
+      `lengths` slots hold, and each goes on in `slots` of its own, addressed by the same positions. Leaves lead with B
+      (what is shared) or with B * group. None: the sampler repeats the cache.
+    unroll: `(params) -> params` that decoding reads faster; `hidden` and `logits` take both. None: nothing to gain.
     """
 
     init: Callable[..., Params]
@@ -75,6 +81,8 @@ class Model(NamedTuple):
     init_cache: Callable[[int, int], Cache]
     config: Any = None
     values: Callable[[Params, Array], Array] | None = None
+    fork: Callable[[Cache, Array, int, int], Cache] | None = None
+    unroll: Callable[[Params], Params] | None = None
 
 
 class Response(NamedTuple):
@@ -119,4 +127,4 @@ def _masked_sum(x: Array, mask: Array) -> Array:
     # `where`, not a product: a NaN or an infinity under the mask must reach neither the value nor the gradient. The
     # floor keeps a token of probability 0 from turning the row's loss and gradient into NaN.
     x = jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0)
-    return jnp.sum(jnp.maximum(x, -1e4), axis=-1)
+    return jnp.sum(jnp.maximum(x, LEAST_LOGP), axis=-1)

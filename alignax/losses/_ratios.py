@@ -5,9 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.types import Array, Scalar
-
-FLOOR = -1e4  # a token of probability 0: its log-ratio to itself is then 0, not NaN
+from alignax.types import LEAST_LOGP, Array, Scalar
 
 
 def policy_inputs(logp: Array, old_logp: Array, advantages: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -17,7 +15,7 @@ def policy_inputs(logp: Array, old_logp: Array, advantages: Array, mask: Array) 
     logp, old_logp, advantages = (
         jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (logp, old_logp, advantages)
     )
-    logp, old_logp = jnp.maximum(logp, FLOOR), jnp.maximum(old_logp, FLOOR)
+    logp, old_logp = jnp.maximum(logp, LEAST_LOGP), jnp.maximum(old_logp, LEAST_LOGP)
     return logp, logp - jax.lax.stop_gradient(old_logp), jax.lax.stop_gradient(advantages)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses.f_divergence import f_reverse_kl
-from alignax.types import Array, Response
+from alignax.types import LEAST_LOGP, Array, Response
 
 Divergence = Callable[[Array], Array]
 
@@ -40,10 +40,8 @@ def log_ratio(response: Response) -> Float[Array, " B"]:
     if response.ref_logp is None:
         return response.sum
     # Token by token: two sums over thousands of tokens no longer hold the digits of their small difference.
-    mask, zero = response.mask != 0, jnp.float32(0)
-    logp, ref_logp = (
-        jnp.maximum(jnp.where(mask, x.astype(jnp.float32), zero), -1e4) for x in (response.logp, response.ref_logp)
-    )
+    masked = (jnp.where(response.mask != 0, x.astype(jnp.float32), 0.0) for x in (response.logp, response.ref_logp))
+    logp, ref_logp = (jnp.maximum(x, LEAST_LOGP) for x in masked)
     return jnp.sum(logp - jax.lax.stop_gradient(ref_logp), axis=-1)
 
 

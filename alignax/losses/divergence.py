@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.losses._ratios import FLOOR
-from alignax.types import Array, Scalar
+from alignax.types import LEAST_LOGP, Array, Scalar
 
 
 def k1(logp: Float[Array, "B T"], ref_logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:
@@ -102,7 +101,7 @@ def entropy(logits: Float[Array, "B T V"], mask: Array) -> Float[Array, "B T"]:
     chex.assert_rank(logits, 3)
     chex.assert_shape(mask, logits.shape[:2])
     logp = jax.nn.log_softmax(jnp.where((mask != 0)[..., None], logits.astype(jnp.float32), 0.0))
-    logp = jnp.maximum(logp, FLOOR)  # 0 log 0 is 0
+    logp = jnp.maximum(logp, LEAST_LOGP)  # 0 log 0 is 0
     return jnp.where(mask != 0, -jnp.sum(jnp.exp(logp) * logp, axis=-1), 0.0)
 
 
@@ -115,4 +114,4 @@ def _difference(logp: Array, ref_logp: Array, mask: Array) -> Array:
     chex.assert_equal_shape([logp, ref_logp, mask])
     logp, ref_logp = (jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (logp, ref_logp))
     # a token of probability 0 under both is as probable under either: 0, not NaN
-    return jnp.maximum(logp, FLOOR) - jax.lax.stop_gradient(jnp.maximum(ref_logp, FLOOR))
+    return jnp.maximum(logp, LEAST_LOGP) - jax.lax.stop_gradient(jnp.maximum(ref_logp, LEAST_LOGP))

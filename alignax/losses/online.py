@@ -16,12 +16,11 @@ from jaxtyping import Float
 from alignax.losses import _bounded as bounded
 from alignax.losses._checks import check, check_positive
 from alignax.losses._logistic import binary_cross_entropy
-from alignax.losses._ratios import FLOOR
 from alignax.losses._sides import Divergence, log_ratios
 from alignax.losses.extras import extra, needs
 from alignax.losses.f_divergence import f_reverse_kl
 from alignax.losses.preference import dpo
-from alignax.types import Array, Response, Scalar
+from alignax.types import LEAST_LOGP, Array, Response, Scalar
 
 
 @needs("preference")
@@ -196,5 +195,5 @@ def _log_ratio(logp: Array, ref_logp: Array, mask: Array) -> tuple[Array, Array]
     chex.assert_equal_shape([logp, ref_logp, mask])
     logp, ref_logp = (jnp.where(mask != 0, x.astype(jnp.float32), 0.0) for x in (logp, ref_logp))
     # the floor of `Response.sum`: a token of probability 0 times a weight of 0 would be NaN
-    logp, ref_logp = jnp.maximum(logp, FLOOR), jnp.maximum(ref_logp, FLOOR)
+    logp, ref_logp = jnp.maximum(logp, LEAST_LOGP), jnp.maximum(ref_logp, LEAST_LOGP)
     return logp, jax.lax.stop_gradient(logp - ref_logp)

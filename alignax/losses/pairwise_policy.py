@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from alignax.losses._checks import check, check_positive
-from alignax.losses._ratios import FLOOR
 from alignax.losses._sides import check_sides, log_ratio
 from alignax.losses.extras import extra, needs
-from alignax.types import Array, Response, Scalar
+from alignax.types import LEAST_LOGP, Array, Response, Scalar
 
 
 @needs("old_logp", "reward")
@@ -88,7 +87,7 @@ def p3o_separate(
         """sum_t max(w l, w clip(l)) / w."""
         old = extra(side, "old_logp", "p3o_separate")
         logp, old = (
-            jnp.maximum(jnp.where(side.mask != 0, x.astype(jnp.float32), 0.0), FLOOR) for x in (side.logp, old)
+            jnp.maximum(jnp.where(side.mask != 0, x.astype(jnp.float32), 0.0), LEAST_LOGP) for x in (side.logp, old)
         )
         old = jax.lax.stop_gradient(old)
         near = jnp.clip(logp, old - clip, old + clip)

@@ -10,9 +10,7 @@ from jaxtyping import Float
 
 from alignax.losses._checks import check
 from alignax.losses.extras import needs
-from alignax.types import Array, Scalar
-
-LEAST_LOGP = -1e4  # a token of probability 0 must not turn a loss into NaN
+from alignax.types import LEAST_LOGP, Array, Scalar
 
 
 def cross_entropy(logp: Float[Array, "B T"], mask: Array) -> Float[Array, "B T"]:

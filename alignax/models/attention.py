@@ -2,7 +2,8 @@
 
 Keys are stored as [B, KV, hd, S] and values as [B, KV, S, hd], the layouts the two matrix products read without a
 transposition. The G = H / KV query heads of one key head are extra rows of its matrix product, so keys and values are
-never repeated.
+never repeated. Nor is a prompt: the rows that share one are more rows of the same product, and what they make of it is
+merged with what they make of their own keys, exactly, by the sums of the two softmaxes.
 """
 
 from typing import NamedTuple
@@ -23,6 +24,21 @@ class LayerCache(NamedTuple):
     values: Float[Array, "B KV S hd"]
 
 
+class ForkedCache(NamedTuple):
+    """The keys and values of one layer: what the rows of a prompt share, and what each has of its own."""
+
+    shared: LayerCache  # B rows, P slots
+    own: LayerCache  # R = B * group rows
+
+
+class _Part(NamedTuple):
+    """A softmax average not yet divided, so that two over different slots can be added."""
+
+    mixed: Float[Array, "... hd"]
+    largest: Float[Array, "... 1"]
+    total: Float[Array, "... 1"]
+
+
 def attend(
     queries: Float[Array, "B T H hd"],
     cache: LayerCache,
@@ -36,18 +52,64 @@ def attend(
     scalar: None: hd. softcap: a score s becomes c tanh(s / c) first, if c is given. See "Gemma 2: Improving Open
     Language Models at a Practical Size" (https://arxiv.org/abs/2408.00118), section 2.
     """
-    batch, length, heads, width = queries.shape
-    grouped = queries.reshape(batch, length, cache.keys.shape[1], -1, width).transpose(0, 2, 3, 1, 4)
-    scores = _matmul(grouped.reshape(*cache.keys.shape[:2], -1, width), cache.keys)
-    scores = scores.reshape(*grouped.shape[:-1], -1) * (width if scalar is None else scalar) ** -0.5
-    scores = capped(scores, softcap)
-    scores = jnp.where(visible[:, None, None], scores, UNSEEN)
+    grouped = _grouped(queries, cache.keys.shape[1])
+    part = _part(grouped, cache, visible[:, None, None], scalar, softcap)
+    return _ungrouped((part.mixed / part.total).astype(queries.dtype))
+
+
+def attend_forked(
+    queries: Float[Array, "R T H hd"],
+    cache: ForkedCache,
+    visible: tuple[Bool[Array, "B _ _ P"], Bool[Array, "R T S"]],
+    *,
+    scalar: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "R T H hd"]:
+    """`attend` over shared and own slots, each prompt's keys and values read once for all of its rows.
+
+    visible: shared slots, [B, group, T, P] with a 1 where a row or a token is like the others; own slots.
+    """
+    grouped = _grouped(queries, cache.own.keys.shape[1])
+    prompts, (rows, heads, *rest) = cache.shared.keys.shape[0], grouped.shape
+    by_prompt = grouped.reshape(prompts, rows // prompts, heads, *rest).swapaxes(1, 2)
+    shared = _part(by_prompt, cache.shared, visible[0][:, None, :, None], scalar, softcap)
+    shared = _Part(*(x.swapaxes(1, 2).reshape(rows, heads, *x.shape[3:]) for x in shared))
+    own = _part(grouped, cache.own, visible[1][:, None, None], scalar, softcap)
+    largest = jnp.maximum(shared.largest, own.largest)
+    scales = jnp.exp(shared.largest - largest), jnp.exp(own.largest - largest)
+    mixed, total = (scales[0] * a + scales[1] * b for a, b in ((shared.mixed, own.mixed), (shared.total, own.total)))
+    return _ungrouped((mixed / total).astype(queries.dtype))
+
+
+def _grouped(queries: Float[Array, "B T H hd"], kv_heads: int) -> Float[Array, "B KV G T hd"]:
+    """Query heads beside the key head they read."""
+    batch, length, _, width = queries.shape
+    return queries.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(mixed: Float[Array, "B KV G T hd"]) -> Float[Array, "B T H hd"]:
+    batch, _, _, length, width = mixed.shape
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1, width)
+
+
+def _part(
+    queries: Float[Array, "B KV *M hd"],
+    cache: LayerCache,
+    visible: Bool[Array, "B 1 *#M S"],
+    scalar: float | None,
+    softcap: float | None,
+) -> _Part:
+    """The sums over the slots of one cache, for any number of query axes that read the same keys."""
+    batch, heads, *middle, width = queries.shape
+    scores = _matmul(queries.reshape(batch, heads, -1, width), cache.keys)
+    scores = scores.reshape(batch, heads, *middle, -1) * (width if scalar is None else scalar) ** -0.5
+    scores = jnp.where(visible, capped(scores, softcap), UNSEEN)
     # The shift by the maximum cancels in the quotient, so its derivative is zero and need not be computed.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(cache.values.dtype).reshape(*cache.keys.shape[:2], -1, weights.shape[-1])
-    mixed = (_matmul(weights, cache.values).reshape(grouped.shape) / total).astype(queries.dtype)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width)
+    weights = weights.astype(cache.values.dtype).reshape(batch, heads, -1, weights.shape[-1])
+    return _Part(_matmul(weights, cache.values).reshape(queries.shape), largest, total)
 
 
 def capped(x: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
@@ -70,12 +132,12 @@ def write(
     values: Float[Array, "B T KV hd"],
     slots: Int[Array, "B T"],
 ) -> LayerCache:
-    """Puts token t of row r into slot `slots[r, t]`: a scatter, which happens in place when the cache is donated."""
+    """Puts token t of row r into slot `slots[r, t]`, nowhere if there is none: a scatter, in place when donated."""
     rows = jnp.arange(slots.shape[0])[:, None]
     dtype = cache.keys.dtype
     return LayerCache(
-        cache.keys.at[rows, :, :, slots].set(keys.astype(dtype)),
-        cache.values.at[rows, :, slots].set(values.astype(dtype)),
+        cache.keys.at[rows, :, :, slots].set(keys.astype(dtype), mode="drop"),
+        cache.values.at[rows, :, slots].set(values.astype(dtype), mode="drop"),
     )
 
 

@@ -1,15 +1,19 @@
 """The parts of a decoder as flax.linen modules: norms, attention, MLP, the block of them, all blocks as one scan."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from alignax.models import rope
-from alignax.models.attention import LayerCache, as_cache, attend, write
+from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, write
 from alignax.models.config import TransformerConfig
 from alignax.models.moe import MixtureMLP
-from alignax.types import Array
+from alignax.types import Array, Params
+
+Visible = Any  # Bool [*K, B, T, S]; with a forked cache the two of `attend_forked`
 
 
 class RMSNorm(nn.Module):
@@ -66,10 +70,10 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         angle: Float[Array, "B T half"] | None,
-        visible: Bool[Array, "B T S"],
-        past: LayerCache | None = None,
+        visible: Visible,
+        past: LayerCache | ForkedCache | None = None,
         slots: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | ForkedCache]:
         """The attended `x`, and the keys and values it attended to."""
         config = self.config
 
@@ -84,8 +88,15 @@ class Attention(nn.Module):
 
         q, k = heads("q", config.num_heads, True), heads("k", config.num_kv_heads, True)
         v = heads("v", config.num_kv_heads, False)
-        cache = as_cache(k, v) if past is None or slots is None else write(past, k, v, slots)
-        mixed = attend(q, cache, visible, scalar=config.attention_scalar, softcap=config.attention_softcap)
+        options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
+        if past is None or slots is None:
+            mixed = attend(q, cache := as_cache(k, v), visible, **options)
+        elif isinstance(past, ForkedCache):
+            mixed = attend_forked(
+                q, cache := ForkedCache(past.shared, write(past.own, k, v, slots)), visible, **options
+            )
+        else:
+            mixed = attend(q, cache := write(past, k, v, slots), visible, **options)
         mixed = mixed.reshape(*x.shape[:2], -1)
         return _dense(config, config.hidden_size, "o", use_bias=config.out_bias)(mixed), cache
 
@@ -126,11 +137,11 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B T D"],
         angle: Float[Array, "*K B T half"] | None,
-        visible: Bool[Array, "*K B T S"],
+        visible: Visible,
         kind: Int[Array, ""] | None = None,
-        past: LayerCache | None = None,
+        past: LayerCache | ForkedCache | None = None,
         slots: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | None, dict[str, Array]]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache | ForkedCache | None, dict[str, Array]]]:
         """Runs the block. With `past`, new keys and values go to `slots` of it, and all of it can be attended to.
 
         kind: which of the K kinds of layer it is; None: `angle` and `visible` have no such axis.
@@ -169,6 +180,11 @@ def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:
         in_axes=(nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
         length=config.num_layers,
     )(config, keep=keep)
+
+
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    """The module with these parameters."""
+    return module.apply({"params": params}, *args)
 
 
 def _pick(leaf: Array, index: Int[Array, ""]) -> Array:

@@ -36,7 +36,10 @@ def with_score(model: Model) -> Model:
         kernel = _part(params, "score")["kernel"].astype(states.dtype)
         return jnp.matmul(states, kernel, preferred_element_type=jnp.float32)[..., 0]
 
-    return Model(init, hidden, logits, model.init_cache, model.config, values)
+    def unroll(params: Params) -> Params:
+        return params | {"backbone": model.unroll(_part(params, "backbone"))} if model.unroll else params
+
+    return Model(init, hidden, logits, model.init_cache, model.config, values, model.fork, unroll)
 
 
 def add_score(model: Model, params: Params, key: Array | None = None, *, keep_head: bool = False) -> Params:

@@ -8,6 +8,7 @@ mixture of whole sequences has a normaliser that nobody can compute. See "Nash L
 et al. (https://arxiv.org/abs/2312.00886), section 7.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,7 +82,17 @@ def mixture(model: Model) -> Model:
     def init_cache(batch: int, length: int) -> Cache:
         return model.init_cache(batch, length), model.init_cache(batch, length)
 
-    return Model(init, hidden, logits, init_cache, model.config)
+    return Model(init, hidden, logits, init_cache, model.config, fork=_both(model.fork), unroll=_unroll(model))
+
+
+def _both(fork: Callable | None) -> Callable | None:
+    """`Model.fork` for the caches of both."""
+    return fork and (lambda caches, *args: tuple(fork(cache, *args) for cache in caches))
+
+
+def _unroll(model: Model) -> Callable | None:
+    unroll = model.unroll
+    return unroll and (lambda params: params | {name: unroll(params[name]) for name in NAMES[:2]})
 
 
 def _parts(params: Params) -> tuple[Params, Params, Array]:

@@ -2,23 +2,22 @@
 
 Training and prefill scan over the layers, whose parameters are stacked along a leading axis, so that compile time does
 not grow with depth. Where layers differ in kind (a window here, other angles there) the masks and angles of all kinds
-are made once, and each layer of the scan picks those of its own. Decoding unrolls the layers: a cache that passes
-through a scan is copied at every token.
+are made once, and each layer of the scan picks those of its own. What has a cache to continue is in `decoding`.
 """
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from alignax.models import rope
-from alignax.models.attention import LayerCache, capped, write_front
-from alignax.models.blocks import Block, norm, scanned
-from alignax.models.config import LayerKind, TransformerConfig
-from alignax.models.segments import segment_positions, segment_visibility, within_window
+from alignax.models import decoding, views
+from alignax.models.attention import capped, write_front
+from alignax.models.blocks import apply, norm, scanned
+from alignax.models.config import TransformerConfig
+from alignax.models.segments import segment_positions, segment_visibility
 from alignax.types import Array, Cache, Hidden, Model, Params
 
 # Tensor parallel over "model": projections into the heads and the MLP split by column, those out of them by row, the
@@ -46,7 +45,7 @@ def transformer(config: TransformerConfig) -> Model:
     With a cache, `positions=None` means a prefill: the T tokens of every row go to slots 0 ... T - 1. Otherwise token t
     of row r is written to slot `positions[r, t]`. Either way a token sees every slot up to its own, whatever `segments`
     says: rows are contiguous, so those are filled, and the padding of a ragged prefill is overwritten before any
-    position reaches it.
+    position reaches it. A forked cache takes the rows that continue its prompts, and `positions` count on from these.
 
     `Hidden.aux` of a mixture of experts, without a cache, holds what `alignax.losses.load_balancing` reads: the sums of
     `alignax.models.moe.router_sums` for every layer, and "router_rows" [], the layers times the tokens in them.
@@ -57,10 +56,10 @@ def transformer(config: TransformerConfig) -> Model:
         embed_key, layers_key, head_key = jax.random.split(key, 3)
         example = jnp.zeros((1, 1, config.hidden_size), config.dtype)
         one = jnp.zeros((1, 1), jnp.int32)
-        views = _views(config, one, one, jnp.ones((1, 1, 1), bool))
+        seen = views.of_kinds(config, one, one, jnp.ones((1, 1, 1), bool))
         params = {
             "embed": {"embedding": normal(embed_key, (config.vocab_size, config.hidden_size), config.param_dtype)},
-            "layers": scanned(config).init(layers_key, example, *_for_scan(config, views))["params"],
+            "layers": scanned(config).init(layers_key, example, *_for_scan(config, seen))["params"],
             "final_norm": norm(config).init(key, example)["params"],
         }
         if config.learned_positions:
@@ -87,31 +86,26 @@ def transformer(config: TransformerConfig) -> Model:
             positions = _in_order(tokens) if prefill else segment_positions(segments, parents)
         x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
         if cache is None or prefill:
-            visible = _up_to(positions, tokens.shape[1]) if prefill else segment_visibility(segments, parents)
-            views = _views(config, positions, positions, visible)
+            visible = views.up_to(positions, tokens.shape[1]) if prefill else segment_visibility(segments, parents)
+            seen = views.of_kinds(config, positions, positions, visible)
             blocks = scanned(config, keep=prefill)
-            x, (own, aux) = _apply(blocks, params["layers"], x, *_for_scan(config, views))
+            x, (own, aux) = apply(blocks, params["layers"], x, *_for_scan(config, seen))
             if cache is not None:
-                cache = tuple(write_front(past, _layer(own, index)) for index, past in enumerate(cache))
+                cache = tuple(write_front(past, decoding.layer(own, index)) for index, past in enumerate(cache))
         else:
-            x, cache, aux = _extend(config, params["layers"], x, positions, cache)
+            x, cache, aux = decoding.extend(config, params["layers"], x, positions, cache)
         if aux:  # a count depends on the segments alone, so that counting needs no forward pass
             aux = {**aux, "router_rows": config.num_layers * jnp.sum(segments != 0, dtype=jnp.float32)}
-        return Hidden(_apply(norm(config), params["final_norm"], x), cache, aux)
+        return Hidden(apply(norm(config), params["final_norm"], x), cache, aux)
 
     def logits(params: Params, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
         kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
         scores = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
         return capped(scores, config.logit_softcap)
 
-    def init_cache(batch: int, length: int) -> tuple[LayerCache, ...]:
-        keys = (batch, config.num_kv_heads, config.head_dim, length)
-        values = (batch, config.num_kv_heads, length, config.head_dim)
-        return tuple(
-            LayerCache(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.num_layers)
-        )
-
-    return Model(init, hidden, logits, init_cache, config)
+    of_config = (partial(function, config) for function in (decoding.init_cache, decoding.fork, decoding.unroll))
+    init_cache, fork, unroll = of_config
+    return Model(init, hidden, logits, init_cache, config, fork=fork, unroll=unroll)
 
 
 def _embed(config: TransformerConfig, params: Params, tokens: Array, positions: Array) -> Array:
@@ -127,63 +121,16 @@ def _rows(config: TransformerConfig, table: Params, ids: Array) -> Array:
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
 
 
-def _views(
-    config: TransformerConfig, positions: Array, key_positions: Array, visible: Array
-) -> list[tuple[Float[Array, "B T half"] | None, Bool[Array, "B T S"]]]:
-    """The angles and the visibility of each kind of layer."""
-    return [
-        (_angles(config, kind, positions), within_window(visible, positions, key_positions, kind.window))
-        for kind in config.kinds
-    ]
-
-
-def _for_scan(config: TransformerConfig, views: list) -> tuple:
+def _for_scan(config: TransformerConfig, seen: list) -> tuple:
     """Angles, visibility and the kind of every layer: stacked where there are several kinds."""
-    if len(views) == 1:
-        return (*views[0], None)
-    angle, visible = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views)
+    if len(seen) == 1:
+        return (*seen[0], None)
+    angle, visible = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
     return angle, visible, jnp.array([config.kinds.index(kind) for kind in config.layer_kinds])
-
-
-def _angles(config: TransformerConfig, kind: LayerKind, positions: Array) -> Array | None:
-    if config.learned_positions:
-        return None
-    theta, scaling = config.rope_theta, config.rope_scaling
-    if kind.rope_theta is not None:
-        theta, scaling = kind.rope_theta, None
-    angle = rope.angles(positions, head_dim=config.rotary_dim, theta=theta, scaling=scaling)
-    return angle if kind.rotary else jnp.zeros_like(angle)  # one scan body for all: an angle of zero turns nothing
-
-
-def _extend(
-    config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache
-) -> tuple[Array, Cache, dict[str, Array]]:
-    slots = cache[0].values.shape[2]
-    key_positions = jnp.broadcast_to(jnp.arange(slots), (x.shape[0], slots))
-    views = _views(config, positions, key_positions, _up_to(positions, slots))
-    filled, aux = [], []
-    for index, (past, kind) in enumerate(zip(cache, config.layer_kinds)):
-        angle, visible = views[config.kinds.index(kind)]
-        x, (present, own) = _apply(Block(config), _layer(layers, index), x, angle, visible, None, past, positions)
-        filled.append(present)
-        aux.append(own)
-    return x, tuple(filled), jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
-
-
-def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    return module.apply({"params": params}, *args)
 
 
 def _in_order(tokens: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-
-
-def _up_to(positions: Array, slots: int) -> Array:
-    return jnp.arange(slots)[None, None, :] <= positions[:, :, None]
-
-
-def _layer(stacked: Any, index: int) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def _check(
@@ -203,10 +150,21 @@ def _check(
         return
     if parents is not None:
         raise ValueError("transformer: parents and a cache were given; a cached row is one sequence without parts")
+    if isinstance(cache, decoding.Forked):
+        return _check_forked(tokens, positions, cache)
     rows, _, slots, _ = cache[0].values.shape
     if rows != tokens.shape[0] or (positions is None and slots < tokens.shape[1]):
         raise ValueError(f"transformer: a cache of {rows} rows and {slots} slots cannot take tokens of {tokens.shape}")
     if config.learned_positions and positions is None and tokens.shape[1] > config.max_positions:
         raise ValueError(
             f"transformer: a prompt of {tokens.shape[1]} tokens; the model has {config.max_positions} learned positions"
+        )
+
+
+def _check_forked(tokens: Array, positions: Array | None, cache: decoding.Forked) -> None:
+    rows = cache.layers[0].own.values.shape[0]
+    if positions is None or rows != tokens.shape[0]:
+        raise ValueError(
+            f"transformer: a forked cache of {rows} rows got tokens of {tokens.shape}, positions "
+            f"{None if positions is None else positions.shape}; expected both of its rows"
         )

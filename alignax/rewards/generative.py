@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from alignax.types import Array, Scalar
+from alignax.types import LEAST_LOGP, Array, Scalar
 
 
 def good_score(logp_good: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -72,5 +72,5 @@ def _difference(left: Array, right: Array) -> Array:
     chex.assert_rank([left, right], 1)
     chex.assert_equal_shape([left, right])
     # a word of probability 0 must not make -inf - -inf
-    left, right = (jnp.maximum(jax.lax.stop_gradient(x.astype(jnp.float32)), -1e4) for x in (left, right))
+    left, right = (jnp.maximum(jax.lax.stop_gradient(x.astype(jnp.float32)), LEAST_LOGP) for x in (left, right))
     return left - right

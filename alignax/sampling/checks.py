@@ -1,10 +1,12 @@
 """What a sampler refuses, while it is traced: nothing here reaches the device or reads a value that is not known."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Int
 
 from alignax.types import Array, Model, Scalar
 
@@ -14,31 +16,29 @@ _RANGES = {
     "top_k": (jnp.int32, 0, np.inf, True),
     "top_p": (jnp.float32, 0, 1, False),
     "min_p": (jnp.float32, 0, 1, True),
+    "repetition_penalty": (jnp.float32, 0, np.inf, False),
+    "max_tokens": (jnp.int32, 1, np.inf, True),
 }
 
 
-def static(*, max_new_tokens: Any, group: Any, eos_ids: Any) -> None:
-    """Checks what the compiled program is made for."""
-    for name, count in (("max_new_tokens", max_new_tokens), ("group", group)):
+def static(**counts: Any) -> None:
+    """Checks the counts that the compiled program is made for."""
+    for name, count in counts.items():
         if not _is_int(count):
-            raise TypeError(f"generate: {name}={count!r} ({type(count).__name__}); expected a static int")
+            raise TypeError(f"sampling: {name}={count!r} ({type(count).__name__}); expected a static int")
         if count < 1:
-            raise ValueError(f"generate: {name}={count}; expected at least 1")
-    if not isinstance(eos_ids, tuple) or not all(_is_int(token) for token in eos_ids):
-        raise TypeError(f"generate: eos_ids={eos_ids!r}; expected a tuple of static ints, such as (2,)")
-    if any(token < 0 for token in eos_ids):
-        raise ValueError(f"generate: eos_ids={eos_ids}; expected ids of at least 0")
+            raise ValueError(f"sampling: {name}={count}; expected at least 1")
 
 
 def prompts(prompts: Array, lengths: Array, row_ids: Array | None, *, group: int) -> None:
     """Checks shapes and dtypes, and the lengths where they are known."""
     _integers("prompts", prompts)
     if prompts.ndim != 2 or 0 in prompts.shape:
-        raise ValueError(f"generate: prompts of shape {prompts.shape}; expected [B, P], neither of them 0")
+        raise ValueError(f"sampling: prompts of shape {prompts.shape}; expected [B, P], neither of them 0")
     batch, width = prompts.shape
     _integers("lengths", lengths)
     if lengths.shape != (batch,):
-        raise ValueError(f"generate: lengths of shape {lengths.shape} for {batch} prompts; expected ({batch},)")
+        raise ValueError(f"sampling: lengths of shape {lengths.shape} for {batch} prompts; expected ({batch},)")
     if not isinstance(lengths, Tracer):
         _lengths(np.asarray(lengths), width)
     if row_ids is None:
@@ -46,7 +46,7 @@ def prompts(prompts: Array, lengths: Array, row_ids: Array | None, *, group: int
     _integers("row_ids", row_ids)
     if row_ids.shape != (batch * group,):
         raise ValueError(
-            f"generate: row_ids of shape {row_ids.shape} for {batch} prompts in groups of {group}; "
+            f"sampling: row_ids of shape {row_ids.shape} for {batch} prompts in groups of {group}; "
             f"expected ({batch * group},)"
         )
 
@@ -56,20 +56,74 @@ def context(model: Model, width: int, max_new_tokens: int) -> None:
     longest = getattr(model.config, "max_positions", None)  # an adapter's config is the user's own
     if longest is not None and width + max_new_tokens > longest:
         raise ValueError(
-            f"generate: prompts of width {width} and max_new_tokens={max_new_tokens} need {width + max_new_tokens} "
+            f"sampling: prompts of width {width} and max_new_tokens={max_new_tokens} need {width + max_new_tokens} "
             f"positions; expected at most the model's {longest}"
         )
 
 
-def settings(rows: int, **values: Scalar) -> tuple[Array, ...]:
-    """Checks temperature, top_k, top_p and min_p and spreads each over the rows."""
-    return tuple(_setting(rows, name, value) for name, value in values.items())
+def numbers(rows: int, **values: Scalar) -> list[Array]:
+    """Checks numbers by name, and spreads each over the rows."""
+    return [_number(rows, name, value) for name, value in values.items()]
 
 
-def _setting(rows: int, name: str, value: Scalar) -> Array:
+def at_most(name: str, value: Scalar, largest: int) -> Array:
+    """The value, cut at `largest` where it is traced; refused above it where it is known."""
+    if not isinstance(value, Tracer) and np.any(np.asarray(value) > largest):
+        raise ValueError(f"sampling: {name}={value}; expected at most max_new_tokens={largest}")
+    return jnp.minimum(value, largest)
+
+
+def ids(rows: int, name: str, value: Any) -> Int[Array, "R N"]:
+    """Token ids for each row from a sequence of ints for all rows, or an array [N] or [R, N] with -1 for none."""
+    value = _ids(name, value)
+    if value.ndim not in (1, 2) or (value.ndim == 2 and value.shape[0] != rows):
+        raise ValueError(f"sampling: {name} of shape {value.shape}; expected [N] or [{rows}, N]")
+    return jnp.broadcast_to(value, (rows, value.shape[-1]))
+
+
+def sequences(rows: int, value: Any) -> Int[Array, "R K L"]:
+    """Sequences of ids for each row, -1 before those shorter than the longest.
+
+    value: sequences of ints for all rows, or an array [K, L] or [R, K, L] that has this form.
+    """
+    if not hasattr(value, "ndim"):
+        value = padded(value)
+    value = _ids("stop", value)
+    if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[0] != rows):
+        raise ValueError(f"sampling: stop of shape {value.shape}; expected [K, L] or [{rows}, K, L]")
+    if not isinstance(value, Tracer) and value.size:
+        known = np.asarray(value)
+        if np.any((known[..., 1:] < 0) & (known[..., :-1] >= 0)):
+            raise ValueError("sampling: stop has -1 behind an id; expected -1 only before each sequence")
+    return jnp.broadcast_to(value, (rows, *value.shape[-2:]))
+
+
+def padded(found: Any) -> np.ndarray:
+    """Sequences as one array [K, L], -1 before those shorter than the longest."""
+    if not all(isinstance(x, Sequence) and len(x) and all(map(_is_int, x)) for x in found):
+        raise TypeError(f"sampling: stop={found!r}; expected sequences of ids, none of them empty, such as ((13, 13),)")
+    if any(token < 0 for x in found for token in x):
+        raise ValueError(f"sampling: stop={found!r}; expected ids of at least 0")
+    length = max(map(len, found), default=1)
+    return np.array([[-1] * (length - len(x)) + list(x) for x in found], np.int32).reshape(len(found), length)
+
+
+def _ids(name: str, value: Any) -> Array:
+    least = -1
+    if not hasattr(value, "ndim"):
+        if not isinstance(value, Sequence) or not all(map(_is_int, value)):
+            raise TypeError(f"sampling: {name}={value!r}; expected ints, such as (2,)")
+        value, least = np.asarray(value, np.int32), 0
+    _integers(name, value)
+    if not isinstance(value, Tracer) and np.any(np.asarray(value) < least):
+        raise ValueError(f"sampling: {name}={value}; expected ids of at least {least}")
+    return jnp.asarray(value, jnp.int32)
+
+
+def _number(rows: int, name: str, value: Scalar) -> Array:
     dtype, smallest, largest, closed = _RANGES[name]
     if np.shape(value) not in ((), (rows,)):
-        raise ValueError(f"generate: {name} of shape {np.shape(value)}; expected one number or ({rows},)")
+        raise ValueError(f"sampling: {name} of shape {np.shape(value)}; expected one number or ({rows},)")
     if dtype == jnp.int32:
         _integers(name, value)
     if not isinstance(value, Tracer):
@@ -77,19 +131,19 @@ def _setting(rows: int, name: str, value: Scalar) -> Array:
         good = (known <= largest) & (known >= smallest if closed else known > smallest)
         if not np.all(good & np.isfinite(known)):
             expected = f"{'[' if closed else '('}{smallest}, {'infinity)' if largest == np.inf else f'{largest}]'}"
-            raise ValueError(f"generate: {name}={value}; expected values in {expected}")
+            raise ValueError(f"sampling: {name}={value}; expected values in {expected}")
     return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
 
 def _lengths(lengths: np.ndarray, width: int) -> None:
     for row in np.flatnonzero((lengths < 1) | (lengths > width))[:1]:
         why = "an empty prompt has nothing to continue (give it a BOS)" if lengths[row] < 1 else "it does not fit"
-        raise ValueError(f"generate: lengths[{row}]={lengths[row]}, expected 1 to {width}, the prompts' width: {why}")
+        raise ValueError(f"sampling: lengths[{row}]={lengths[row]}, expected 1 to {width}, the prompts' width: {why}")
 
 
-def _integers(name: str, value: Scalar) -> None:
+def _integers(name: str, value: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-        raise TypeError(f"generate: {name} of dtype {jnp.result_type(value)}; expected integers")
+        raise TypeError(f"sampling: {name} of dtype {jnp.result_type(value)}; expected integers")
 
 
 def _is_int(value: Any) -> bool:

@@ -23,8 +23,10 @@ def uniforms(keys: Key[Array, " R"] | UInt[Array, "R _"], columns: Int[Array, " 
     return jax.vmap(lambda key, column: jax.random.uniform(jax.random.fold_in(key, column), (2,)))(keys, columns)
 
 
-def categorical(gap: Float[Array, "R V"], limit: Float[Array, " R"], uniform: Float[Array, "R 2"]) -> Int[Array, " R"]:
-    """A token of each row, with probability proportional to exp(-gap) among those with gap <= limit.
+def categorical(
+    gap: Float[Array, "R V"], limit: Float[Array, " R"], uniform: Float[Array, "R 2"]
+) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+    """A token of each row, with probability exp(-gap) / total among those with gap <= limit, and the total.
 
     The inverse of the cumulative distribution in two levels: the first number picks a block of 128 tokens by its
     weight, the second a token of the block. That is one pass over the vocabulary and no noise for each token of it,
@@ -35,10 +37,11 @@ def categorical(gap: Float[Array, "R V"], limit: Float[Array, " R"], uniform: Fl
     rows, size = gap.shape
     gap = jnp.pad(gap, ((0, 0), (0, -size % _BLOCK)), constant_values=jnp.inf).reshape(rows, -1, _BLOCK)
     weight = jnp.where(gap <= limit[:, None, None], jnp.exp(-gap), 0.0)
-    block = _pick(jnp.sum(weight, axis=-1), uniform[:, 0])
+    blocks = jnp.sum(weight, axis=-1)
+    block = _pick(blocks, uniform[:, 0])
     gap = jnp.take_along_axis(gap, block[:, None, None], axis=1)[:, 0]
     weight = jnp.where(gap <= limit[:, None], jnp.exp(-gap), 0.0)
-    return block * _BLOCK + _pick(weight, uniform[:, 1])
+    return block * _BLOCK + _pick(weight, uniform[:, 1]), jnp.sum(blocks, axis=-1)
 
 
 def _pick(weight: Float[Array, "R N"], uniform: Float[Array, " R"]) -> Int[Array, " R"]:

@@ -1,84 +1,124 @@
 """Prefill and the decoding loop: a model and a way to choose tokens in, filled rows out.
 
-Rows are filled in place and never out of step with their cache: the token of column c lies in slot c. One step feeds
-the last token of each row and writes the next. That the prefill has seen the last token of the prompt before changes
-nothing but spares the loop a first step of another kind; and a row that is done feeds its last token to the slot it
-already lies in, so it changes nothing and stays in bounds.
+Rows are filled in place and never out of step with their cache. One step feeds the last token of each row and writes
+the next. The prompt's last token is the first that is fed, so that every step is of one kind: the rows of a prompt
+share the cache of all its tokens but that one. A row that is done feeds its last token to the slot it already lies in,
+or to none: it changes nothing.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from alignax.sampling.choose import Chosen, Process, choose
+from alignax.sampling.settings import Settings
 from alignax.types import Array, Cache, Model, Params
-
-Choose = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 class State(NamedTuple):
-    """Rows that are being filled."""
+    """Rows that are being filled, and all that belongs to them. Leaves lead with R, or B for what prompts share."""
 
     cache: Cache
     tokens: Int[Array, "R T"]  # 0 from `ends` on
     logp: Float[Array, "R T"]  # 0 but for chosen tokens
+    processed_logp: Float[Array, "R T"]
+    starts: Int[Array, " R"]  # the prompt's length
     ends: Int[Array, " R"]  # the filled columns, prompt and completion
-    done: Bool[Array, " R"]  # an EOS was chosen
+    stopped: Bool[Array, " R"]  # an EOS or a stop sequence was chosen
+    keys: Array  # [R]
+    settings: Settings
+
+    @property
+    def done(self) -> Bool[Array, " R"]:
+        """Rows that take no more tokens."""
+        return self.stopped | (self.ends - self.starts >= self.settings.max_tokens)
 
 
-def prefill(model: Model, params: Params, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], *, size: int) -> Cache:
-    """A cache of `size` slots that holds the prompts.
+def prefill(
+    model: Model,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    *,
+    group: int,
+    slots: int,
+    width: int | None = None,
+) -> Cache:
+    """A cache of B * group rows that hold the prompts, each with room for `slots` more tokens.
 
-    Without positions a model puts the tokens of a row into its first slots. Padding goes into those behind the prompt;
-    the completion overwrites each of them before a token sees it.
+    Without positions a model puts the tokens of a row into its first slots. Padding goes into those behind the prompt,
+    where no token sees it before it is overwritten.
+
+    width: the tokens that a prompt may have in this cache; None: P.
     """
-    batch, width = prompts.shape
-    segments = (jnp.arange(width)[None] < lengths[:, None]).astype(jnp.int32)
-    return model.hidden(params, prompts, segments, cache=model.init_cache(batch, size)).cache
+    batch, given = prompts.shape
+    width = given if width is None else width
+    segments = (jnp.arange(given)[None] < lengths[:, None]).astype(jnp.int32)
+    cache = model.init_cache(batch, width if model.fork else width + slots)
+    cache = model.hidden(params, prompts, segments, cache=cache).cache
+    if model.fork is None:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, group, axis=0), cache) if group > 1 else cache
+    return model.fork(cache, lengths - 1, group, slots)
 
 
-def decode(
-    model: Model, params: Params, state: State, choose: Choose, *, max_new_tokens: int, eos_ids: tuple[int, ...]
-) -> State:
-    """Fills rows until each has an EOS or max_new_tokens more tokens.
+def decode(model: Model, params: Params, state: State, *, steps: int, process: tuple[Process, ...] = ()) -> State:
+    """Fills rows until all are done, by at most `steps` tokens each.
 
-    choose: `(logits [R, V], tokens [R, T], columns [R]) -> (token [R], logp [R])`.
+    params: as `Model.unroll` has them.
     """
 
     def unfinished(carry):
         count, state = carry
-        return (count < max_new_tokens) & ~jnp.all(state.done)
+        return (count < steps) & ~jnp.all(state.done)
 
     def step(carry):
         count, state = carry
-        logits, cache = _feed(model, params, state)
-        token, logp = choose(logits, state.tokens, state.ends)
-        return count + 1, _append(state._replace(cache=cache), token, logp, eos_ids)
+        logits, state = feed(model, params, state)
+        chosen = choose(logits, state.tokens, state.ends, keys=state.keys, settings=state.settings, process=process)
+        return count + 1, append(state, chosen)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
-def _feed(model: Model, params: Params, state: State) -> tuple[Array, Cache]:
-    """Runs the last token of each row; the logits of the column behind it, and the cache with its slot filled."""
+def unrolled(model: Model, params: Params) -> Params:
+    """Parameters as decoding reads them fastest."""
+    return params if model.unroll is None else model.unroll(params)
+
+
+def feed(model: Model, params: Params, state: State) -> tuple[Float[Array, "R V"], State]:
+    """Runs the last token of each row; the logits of the column behind it, and the state with its slot filled."""
     last = state.ends[:, None] - 1
     token = jnp.take_along_axis(state.tokens, last, axis=1)
     hidden = model.hidden(params, token, jnp.ones_like(token), positions=last, cache=state.cache)
-    return model.logits(params, hidden.states[:, 0]), hidden.cache
+    return model.logits(params, hidden.states[:, 0]), state._replace(cache=hidden.cache)
 
 
-def _append(state: State, token: Array, logp: Array, eos_ids: tuple[int, ...]) -> State:
+def append(state: State, chosen: Chosen) -> State:
     """Writes the token of each row that is not done at its end."""
     rows, size = state.tokens.shape
-    column = jnp.where(state.done, size, state.ends)  # out of bounds, and dropped
-    at = jnp.arange(rows), column
-    eos = jnp.zeros_like(state.done)
-    for eos_id in eos_ids:
-        eos |= token == eos_id
+    done = state.done
+    at = jnp.arange(rows), jnp.where(done, size, state.ends)  # out of bounds, and dropped
+    tokens = state.tokens.at[at].set(chosen.token, mode="drop")
+    ends = state.ends + ~done
     return state._replace(
-        tokens=state.tokens.at[at].set(token, mode="drop"),
-        logp=state.logp.at[at].set(logp, mode="drop"),
-        ends=state.ends + ~state.done,
-        done=state.done | eos,
+        tokens=tokens,
+        logp=state.logp.at[at].set(chosen.logp, mode="drop"),
+        processed_logp=state.processed_logp.at[at].set(chosen.processed_logp, mode="drop"),
+        ends=ends,
+        stopped=state.stopped | (~done & _stops(tokens, state.starts, ends, chosen.token, state.settings)),
     )
+
+
+def _stops(tokens: Array, starts: Array, ends: Array, token: Array, settings: Settings) -> Bool[Array, " R"]:
+    """Whether the last token of each row is an EOS or ends a stop sequence that lies in the completion."""
+    found = jnp.any(settings.eos_ids == token[:, None], axis=1)
+    length = settings.stop.shape[2]
+    if settings.stop.shape[1] == 0:
+        return found
+    columns = ends[:, None] - length + jnp.arange(length)[None]
+    window = jnp.take_along_axis(tokens, jnp.maximum(columns, 0), axis=1)
+    window = jnp.where(columns >= starts[:, None], window, -2)[:, None]  # no id, and not the -1 that any token matches
+    matches = jnp.all((settings.stop == window) | (settings.stop == -1), axis=2)
+    return found | jnp.any(matches & (settings.stop[:, :, -1] >= 0), axis=1)

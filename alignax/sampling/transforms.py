@@ -1,6 +1,6 @@
-"""Temperature, top-k, top-p and min-p, without sorting the vocabulary.
+"""Temperature, top-k, top-p and min-p, without sorting the vocabulary; penalties and forbidden tokens.
 
-Everything is said in gaps: the gap of a token is how far it lies below the best one, in nats at the temperature. Each
+Filters are said in gaps: the gap of a token is how far it lies below the best one, in nats at the temperature. Each
 filter keeps the tokens whose gap is at most some limit, so that several filters are the smallest of their limits, a
 filter that is off is an infinite limit, and greedy decoding is the limit 0. The limits of top-k and top-p are found by
 bisecting the bits of a float32: gaps are not negative, where floats order like their bits, so 31 steps are exact.
@@ -38,6 +38,31 @@ def gap_limit(
     off_at_zero = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), 0.0)
     by_p = _unless_off(off_at_zero, lambda p: top_p_limit(gap, p, by_k))
     return jnp.minimum(jnp.minimum(by_k, by_p), min_p_limit(min_p))
+
+
+def penalise(
+    logits: Float[Array, "R V"], tokens: Int[Array, "R T"], columns: Int[Array, " R"], penalty: Float[Array, " R"]
+) -> Float[Array, "R V"]:
+    """Divides the positive logits of tokens that the row holds by the penalty, and multiplies the others.
+
+    The prompt counts. Nothing is looked up while no row has a penalty. See "CTRL: A Conditional Transformer Language
+    Model for Controllable Generation", Keskar et al. (https://arxiv.org/abs/1909.05858), section 4.1.
+    """
+
+    def penalised() -> Array:
+        rows, size = jnp.arange(len(logits))[:, None], logits.shape[1]
+        ids = jnp.where(jnp.arange(tokens.shape[1])[None] < columns[:, None], tokens, size)
+        seen = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
+        factor = penalty[:, None]
+        return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+
+    return jax.lax.cond(jnp.any(penalty != 1), penalised, lambda: logits)
+
+
+def forbid(logits: Float[Array, "R V"], ids: Int[Array, "R F"]) -> Float[Array, "R V"]:
+    """-inf for some tokens of each row; an id of -1 is none."""
+    ids = jnp.where(ids < 0, logits.shape[1], ids)  # out of bounds, and dropped
+    return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop") if ids.shape[1] else logits
 
 
 def top_k_limit(gap: Float[Array, "R V"], top_k: Int[Array, " R"]) -> Float[Array, " R"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from references import toys
 
-from alignax.sampling import checks, generate
+from alignax.sampling import Settings, checks, generate
 
 PROMPTS = np.zeros((2, 3), np.int32)
 
@@ -20,15 +20,59 @@ PROMPTS = np.zeros((2, 3), np.int32)
         (TypeError, r"max_new_tokens=2\.0 \(float\); expected a static int", {"max_new_tokens": 2.0}),
         (ValueError, r"group=0; expected at least 1", {"group": 0}),
         (TypeError, r"group=True \(bool\); expected a static int", {"group": True}),
-        (TypeError, r"eos_ids=2; expected a tuple", {"eos_ids": 2}),
-        (TypeError, r"eos_ids=\('2',\); expected a tuple of static ints", {"eos_ids": ("2",)}),
-        (ValueError, r"eos_ids=\(2, -1\); expected ids of at least 0", {"eos_ids": (2, -1)}),
     ],
 )
 def test_refuses_what_is_static(error, message, keywords):
-    checks.static(**(good := {"max_new_tokens": 4, "group": 2, "eos_ids": (0, 2)}))
+    checks.static(**(good := {"max_new_tokens": 4, "group": 2}))
     with pytest.raises(error, match=message):
         checks.static(**{**good, **keywords})
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "value"),
+    [
+        (TypeError, r"eos_ids=2; expected ints, such as \(2,\)", 2),
+        (TypeError, r"eos_ids=\('2',\); expected ints", ("2",)),
+        (TypeError, r"eos_ids='12'; expected ints", "12"),
+        (TypeError, r"eos_ids=\(2\.0,\); expected ints", (2.0,)),
+        (TypeError, r"eos_ids of dtype float32; expected integers", np.ones(2, np.float32)),
+        (ValueError, r"eos_ids=\[ 2 -1\]; expected ids of at least 0", (2, -1)),
+        (ValueError, r"eos_ids=\[-2\]; expected ids of at least -1", np.array([-2])),
+        (ValueError, r"eos_ids of shape \(3, 1\); expected \[N\] or \[2, N\]", np.ones((3, 1), int)),
+        (ValueError, r"eos_ids of shape \(1, 2, 1\); expected \[N\] or \[2, N\]", np.ones((1, 2, 1), int)),
+    ],
+)
+def test_refuses_ids(error, message, value):
+    with pytest.raises(error, match=message):
+        checks.ids(2, "eos_ids", value)
+
+
+def test_ids_are_spread_over_the_rows():
+    assert checks.ids(2, "eos_ids", ()).shape == (2, 0)
+    assert checks.ids(2, "eos_ids", (3, 4)).tolist() == [[3, 4], [3, 4]]
+    assert checks.ids(2, "eos_ids", np.array([[3, -1], [4, 5]])).tolist() == [[3, -1], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "value"),
+    [
+        (TypeError, r"stop=\(1, 2\); expected sequences of ids", (1, 2)),
+        (TypeError, r"stop=\(\(\),\); expected sequences of ids, none of them empty", ((),)),
+        (TypeError, r"stop=\('ab',\); expected sequences of ids", ("ab",)),
+        (ValueError, r"stop=\(\(1, -1\),\); expected ids of at least 0", ((1, -1),)),
+        (ValueError, r"stop has -1 behind an id", np.array([[1, -1]])),
+        (ValueError, r"stop of shape \(3, 1, 1\); expected \[K, L\] or \[2, K, L\]", np.ones((3, 1, 1), int)),
+    ],
+)
+def test_refuses_stop_sequences(error, message, value):
+    with pytest.raises(error, match=message):
+        checks.sequences(2, value)
+
+
+def test_stop_sequences_are_padded_in_front():
+    assert checks.sequences(1, ((5, 6), (7,))).tolist() == [[[5, 6], [-1, 7]]]
+    assert checks.sequences(2, ()).shape == (2, 0, 1)
+    assert checks.sequences(2, np.array([[[1]], [[2]]])).tolist() == [[[1]], [[2]]]
 
 
 @pytest.mark.parametrize(
@@ -64,17 +108,20 @@ def test_refuses_prompts(error, message, prompts, lengths, row_ids):
         (ValueError, r"top_p=0\.0; expected values in \(0, 1\]", {"top_p": 0.0}),
         (ValueError, r"top_p=1\.5; expected values in \(0, 1\]", {"top_p": 1.5}),
         (ValueError, r"min_p=.*; expected values in \[0, 1\]", {"min_p": jnp.array([0.0, 2.0])}),
+        (ValueError, r"repetition_penalty=0; expected values in \(0, infinity\)", {"repetition_penalty": 0}),
+        (ValueError, r"max_tokens=0; expected values in \[1, infinity\)", {"max_tokens": 0}),
+        (ValueError, r"max_tokens=.*5.*; expected at most max_new_tokens=4", {"max_tokens": 5}),
     ],
 )
-def test_refuses_settings(error, message, settings):
+def test_refuses_numbers(error, message, settings):
     with pytest.raises(error, match=message):
-        checks.settings(2, **settings)
+        Settings.make(2, max_new_tokens=4, **settings)
 
 
-def test_settings_are_spread_over_the_rows():
-    spread = checks.settings(2, temperature=1, top_k=jnp.array([0, 3]), top_p=1, min_p=jnp.array(0.5))
-    assert [x.tolist() for x in spread] == [[1.0, 1.0], [0, 3], [1.0, 1.0], [0.5, 0.5]]
-    assert [str(x.dtype) for x in spread] == ["float32", "int32", "float32", "float32"]
+def test_numbers_are_spread_over_the_rows():
+    found = Settings.make(2, max_new_tokens=4, top_k=jnp.array([0, 3]), min_p=jnp.array(0.5))
+    assert [x.tolist() for x in found[:6]] == [[1.0] * 2, [0, 3], [1.0] * 2, [0.5] * 2, [1.0] * 2, [4, 4]]
+    assert [str(x.dtype) for x in found[:6]] == ["float32", "int32", "float32", "float32", "float32", "int32"]
 
 
 def test_refuses_while_tracing_and_leaves_traced_values_alone():

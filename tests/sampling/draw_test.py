@@ -12,7 +12,7 @@ from alignax.sampling import draw
 ALMOST_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
-categorical = jax.jit(draw.categorical)
+categorical = jax.jit(lambda *args: draw.categorical(*args)[0])
 
 
 def drawn(p, uniform, limit=np.inf):

@@ -57,10 +57,11 @@ def ragged():
 
 def test_rows_are_training_rows():
     samples, _ = ragged()
-    tokens, segments, mask, logp, lengths, truncated = map(np.asarray, samples)
+    tokens, segments, mask, logp, lengths, truncated, processed_logp = map(np.asarray, samples)
     assert tokens.shape == segments.shape == mask.shape == logp.shape == (24, 14)
     assert tokens.dtype == segments.dtype == lengths.dtype == np.int32
     assert logp.dtype == np.float32 and mask.dtype == truncated.dtype == bool
+    np.testing.assert_array_equal(processed_logp, logp)  # nothing is bent here
     assert 0 < truncated.sum() < 24  # both kinds occur
     for row in range(24):
         start = LENGTHS[row // 8]

@@ -1,0 +1,89 @@
+"""Decoding, one token or a few at a time: caches of whole rows, caches that rows of one prompt share, unrolled layers.
+
+The layers are unrolled, since a cache that passes through a scan is copied at every token; and so are their parameters,
+since a slice of what is stacked would be.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Int
+
+from alignax.models import views
+from alignax.models.attention import ForkedCache, LayerCache
+from alignax.models.blocks import Block, apply
+from alignax.models.config import TransformerConfig
+from alignax.types import Array, Cache, Params
+
+
+class Forked(NamedTuple):
+    """A cache of B prompts and the R = B * group rows that continue them."""
+
+    lengths: Int[Array, " B"]  # the shared slots that hold a prompt; position p lies in the row's slot p - length
+    layers: tuple[ForkedCache, ...]
+
+
+def init_cache(config: TransformerConfig, batch: int, length: int) -> tuple[LayerCache, ...]:
+    """Empty slots for `length` tokens of every row."""
+    keys = (batch, config.num_kv_heads, config.head_dim, length)
+    values = (batch, config.num_kv_heads, length, config.head_dim)
+    return tuple(
+        LayerCache(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.num_layers)
+    )
+
+
+def fork(
+    config: TransformerConfig, cache: tuple[LayerCache, ...], lengths: Int[Array, " B"], group: int, slots: int
+) -> Forked:
+    """See `Model.fork`."""
+    own = init_cache(config, len(lengths) * group, slots)
+    return Forked(lengths, tuple(ForkedCache(*layer) for layer in zip(cache, own)))
+
+
+def unroll(config: TransformerConfig, params: Params) -> Params:
+    """The parameters with those of the layers as a list."""
+    return params | {"layers": [layer(params["layers"], index) for index in range(config.num_layers)]}
+
+
+def extend(
+    config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache
+) -> tuple[Array, Cache, dict[str, Array]]:
+    """Runs new tokens through all layers; their states, the cache with their slots filled, the sums of routers."""
+    forked = isinstance(cache, Forked)
+    slots, seen = (_forked_views if forked else _own_views)(config, positions, cache)
+    filled, aux = [], []
+    for index, (past, kind) in enumerate(zip(cache.layers if forked else cache, config.layer_kinds)):
+        angle, visible = seen[config.kinds.index(kind)]
+        x, (present, own) = apply(Block(config), layer(layers, index), x, angle, visible, None, past, slots)
+        filled.append(present)
+        aux.append(own)
+    filled = Forked(cache.lengths, tuple(filled)) if forked else tuple(filled)
+    return x, filled, jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+
+
+def _own_views(config: TransformerConfig, positions: Array, cache: tuple[LayerCache, ...]) -> tuple[Array, list]:
+    """The slot of each token, and angles and visibility of each kind of layer, in a cache of whole rows."""
+    slots = cache[0].values.shape[2]
+    key_positions = jnp.broadcast_to(jnp.arange(slots), (positions.shape[0], slots))
+    return positions, views.of_kinds(config, positions, key_positions, views.up_to(positions, slots))
+
+
+def _forked_views(config: TransformerConfig, positions: Array, cache: Forked) -> tuple[Array, list]:
+    """The same where rows continue prompts: two visibilities for each kind of layer, see `attend_forked`."""
+    (prompts, _, width, _), rows = cache.layers[0].shared.values.shape, positions.shape[0]
+    slots = positions - jnp.repeat(cache.lengths, rows // prompts)[:, None]
+    own = jnp.arange(cache.layers[0].own.values.shape[2])[None] + (positions - slots)[:, :1]
+    seen = views.of_kinds(config, positions, own, own[:, None] <= positions[:, :, None])
+    filled = (jnp.arange(width)[None] < cache.lengths[:, None])[:, None, None]
+    by_prompt = positions.reshape(prompts, rows // prompts, -1, 1)
+    shared = [
+        filled if kind.window is None else filled & (jnp.arange(width)[None, None, None] > by_prompt - kind.window)
+        for kind in config.kinds
+    ]
+    return slots, [(angle, (prompt, visible)) for prompt, (angle, visible) in zip(shared, seen)]
+
+
+def layer(layers: Any, index: int) -> Any:
+    """One layer's leaves, of stacked or of unrolled parameters."""
+    return layers[index] if isinstance(layers, list) else jax.tree.map(lambda leaf: leaf[index], layers)
