@@ -132,13 +132,19 @@ def write(
     values: Float[Array, "B T KV hd"],
     slots: Int[Array, "B T"],
 ) -> LayerCache:
-    """Puts token t of row r into slot `slots[r, t]`, nowhere if there is none: a scatter, in place when donated."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    dtype = cache.keys.dtype
-    return LayerCache(
-        cache.keys.at[rows, :, :, slots].set(keys.astype(dtype), mode="drop"),
-        cache.values.at[rows, :, slots].set(values.astype(dtype), mode="drop"),
-    )
+    """Puts token t of row r into slot `slots[r, t]`, nowhere if there is none: a scatter, in place when donated.
+
+    One row's scatter is mapped over the rows, which tells the compiler that rows are independent: where they are
+    sharded, every device writes its own, and nothing is gathered.
+    """
+
+    def row(cache: LayerCache, keys: Array, values: Array, slots: Array) -> LayerCache:
+        keys, values = keys.transpose(1, 2, 0).astype(cache.keys.dtype), values.swapaxes(0, 1).astype(cache.values.dtype)
+        return LayerCache(
+            cache.keys.at[:, :, slots].set(keys, mode="drop"), cache.values.at[:, slots].set(values, mode="drop")
+        )
+
+    return jax.vmap(row)(cache, keys, values, slots)
 
 
 def write_front(cache: LayerCache, own: LayerCache) -> LayerCache:

@@ -97,18 +97,23 @@ def feed(model: Model, params: Params, state: State) -> tuple[Float[Array, "R V"
 
 def append(state: State, chosen: Chosen) -> State:
     """Writes the token of each row that is not done at its end."""
-    rows, size = state.tokens.shape
     done = state.done
-    at = jnp.arange(rows), jnp.where(done, size, state.ends)  # out of bounds, and dropped
-    tokens = state.tokens.at[at].set(chosen.token, mode="drop")
+    at = jnp.where(done, state.tokens.shape[1], state.ends)  # out of bounds, and dropped
+    tokens = _put(state.tokens, at, chosen.token)
     ends = state.ends + ~done
     return state._replace(
         tokens=tokens,
-        logp=state.logp.at[at].set(chosen.logp, mode="drop"),
-        processed_logp=state.processed_logp.at[at].set(chosen.processed_logp, mode="drop"),
+        logp=_put(state.logp, at, chosen.logp),
+        processed_logp=_put(state.processed_logp, at, chosen.processed_logp),
         ends=ends,
         stopped=state.stopped | (~done & _stops(tokens, state.starts, ends, chosen.token, state.settings)),
     )
+
+
+@jax.vmap
+def _put(row: Array, column: Array, value: Array) -> Array:
+    # mapped over the rows: where they are sharded, every device writes its own
+    return row.at[column].set(value, mode="drop")
 
 
 def _stops(tokens: Array, starts: Array, ends: Array, token: Array, settings: Settings) -> Bool[Array, " R"]:
