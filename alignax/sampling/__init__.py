@@ -1,6 +1,8 @@
 """Sampling: prompts in, training rows out. Knows token ids, never text."""
 
 from alignax.sampling.generate import Samples, generate
+from alignax.sampling.parity import ParityReport, compare_logp, parity_report
 from alignax.sampling.settings import Settings
+from alignax.sampling.weights import rollout_params
 
-__all__ = ["Samples", "Settings", "generate"]
+__all__ = ["ParityReport", "Samples", "Settings", "compare_logp", "generate", "parity_report", "rollout_params"]
