@@ -18,6 +18,7 @@ _RANGES = {
     "min_p": (jnp.float32, 0, 1, True),
     "repetition_penalty": (jnp.float32, 0, np.inf, False),
     "max_tokens": (jnp.int32, 1, np.inf, True),
+    "length_penalty": (jnp.float32, -np.inf, np.inf, False),
 }
 
 
