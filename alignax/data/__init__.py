@@ -5,6 +5,7 @@ from alignax.data import chat as chat
 from alignax.data import formats as formats
 from alignax.data import masks as masks
 from alignax.data import pairing as pairing
+from alignax.data import rollouts as rollouts
 from alignax.data import selection as selection
 from alignax.data import text as text
 from alignax.data import truncation as truncation

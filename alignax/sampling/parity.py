@@ -34,8 +34,8 @@ def parity_report(
     """Scores samples as the trainer does and compares. Pure: jit it with the model fixed, and let it run before the
     parameters learn from the samples.
 
-    float32 on both sides leaves rounding, about 1e-6; a sampler in bfloat16 a mean of about 1e-2. More has a reason: another
-    temperature, weights that are not the trainer's, another BOS or template, a wrong position.
+    float32 on both sides leaves rounding, about 1e-6 of mean difference, and a sampler in bfloat16 about 1e-2. More has
+    a reason: another temperature, weights that are not the trainer's, a position or a slot of the cache that is wrong.
 
     Args:
       model: the trainer's, in the precision it computes in.

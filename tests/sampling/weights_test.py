@@ -97,8 +97,8 @@ specs = {"column": P(None, "model"), "row": P("model", None), "all": P()}
 params = {n: jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, s)) for n, s in specs.items()}
 for cast in (jax.jit(sampling.rollout_params), sampling.rollout_params):
     for name, leaf in cast(params).items():
-        assert leaf.sharding.is_equivalent_to(params[name].sharding, 2) and leaf.dtype == "bfloat16", (name, leaf.sharding)
-        assert {x.data.shape for x in leaf.addressable_shards} == {x.data.shape for x in params[name].addressable_shards}
+        assert leaf.sharding.is_equivalent_to(params[name].sharding, 2), (name, leaf.sharding)
+        assert leaf.dtype == "bfloat16"
 print("kept")
 """
 
