@@ -3,7 +3,8 @@
 Keys are stored as [B, KV, hd, S] and values as [B, KV, S, hd], the layouts the two matrix products read without a
 transposition. The G = H / KV query heads of one key head are extra rows of its matrix product, so keys and values are
 never repeated. Nor is a prompt: the rows that share one are more rows of the same product, and what they make of it is
-merged with what they make of their own keys, exactly, by the sums of the two softmaxes.
+merged with what they make of their own keys, exactly, by the sums of the two softmaxes. A kernel may want the keys of
+a cache the other way round, see `SlotMajorCache` and `alignax.models.kernels`; everything here takes both.
 """
 
 from typing import NamedTuple
@@ -22,6 +23,10 @@ class LayerCache(NamedTuple):
 
     keys: Float[Array, "B KV hd S"]
     values: Float[Array, "B KV S hd"]
+
+
+class SlotMajorCache(LayerCache):
+    """The same with keys as [B, KV, S, hd]: what one slot holds lies together, as kernels of one token read it."""
 
 
 class ForkedCache(NamedTuple):
@@ -101,7 +106,8 @@ def _part(
 ) -> _Part:
     """The sums over the slots of one cache, for any number of query axes that read the same keys."""
     batch, heads, *middle, width = queries.shape
-    scores = _matmul(queries.reshape(batch, heads, -1, width), cache.keys)
+    keys = cache.keys.swapaxes(2, 3) if isinstance(cache, SlotMajorCache) else cache.keys
+    scores = _matmul(queries.reshape(batch, heads, -1, width), keys)
     scores = scores.reshape(batch, heads, *middle, -1) * (width if scalar is None else scalar) ** -0.5
     scores = jnp.where(visible, capped(scores, softcap), UNSEEN)
     # The shift by the maximum cancels in the quotient, so its derivative is zero and need not be computed.
@@ -139,18 +145,21 @@ def write(
     """
 
     def row(cache: LayerCache, keys: Array, values: Array, slots: Array) -> LayerCache:
-        keys, values = keys.transpose(1, 2, 0).astype(cache.keys.dtype), values.swapaxes(0, 1).astype(cache.values.dtype)
-        return LayerCache(
-            cache.keys.at[:, :, slots].set(keys, mode="drop"), cache.values.at[:, slots].set(values, mode="drop")
-        )
+        keys, values = (new.astype(old.dtype) for new, old in zip((keys, values), cache))
+        if isinstance(cache, SlotMajorCache):
+            keys = cache.keys.at[:, slots].set(keys.swapaxes(0, 1), mode="drop")
+        else:
+            keys = cache.keys.at[:, :, slots].set(keys.transpose(1, 2, 0), mode="drop")
+        return type(cache)(keys, cache.values.at[:, slots].set(values.swapaxes(0, 1), mode="drop"))
 
     return jax.vmap(row)(cache, keys, values, slots)
 
 
 def write_front(cache: LayerCache, own: LayerCache) -> LayerCache:
     """Puts T tokens into slots 0 ... T - 1 of every row: two contiguous copies, no scatter."""
-    length = own.values.shape[2]
-    return LayerCache(
-        cache.keys.at[:, :, :, :length].set(own.keys.astype(cache.keys.dtype)),
-        cache.values.at[:, :, :length].set(own.values.astype(cache.values.dtype)),
-    )
+    length, keys = own.values.shape[2], own.keys.astype(cache.keys.dtype)
+    if isinstance(cache, SlotMajorCache):
+        keys = cache.keys.at[:, :, :length].set(keys.swapaxes(2, 3))
+    else:
+        keys = cache.keys.at[:, :, :, :length].set(keys)
+    return cache._replace(keys=keys, values=cache.values.at[:, :, :length].set(own.values.astype(keys.dtype)))

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Float, Int
 
-from alignax.models import rope
+from alignax.models import kernels, rope
 from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, write
 from alignax.models.config import TransformerConfig
 from alignax.models.moe import MixtureMLP
 from alignax.types import Array, Params
 
-Visible = Any  # Bool [*K, B, T, S]; with a forked cache the two of `attend_forked`
+Visible = Any  # Bool [*K, B, T, S]; with a forked cache the two of `attend_forked`; for a kernel its `Spans`
 
 
 class RMSNorm(nn.Module):
@@ -88,17 +88,27 @@ class Attention(nn.Module):
 
         q, k = heads("q", config.num_heads, True), heads("k", config.num_kv_heads, True)
         v = heads("v", config.num_kv_heads, False)
-        options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
         if past is None or slots is None:
-            mixed = attend(q, cache := as_cache(k, v), visible, **options)
+            cache = as_cache(k, v)
         elif isinstance(past, ForkedCache):
-            mixed = attend_forked(
-                q, cache := ForkedCache(past.shared, write(past.own, k, v, slots)), visible, **options
-            )
+            cache = ForkedCache(past.shared, write(past.own, k, v, slots))
         else:
-            mixed = attend(q, cache := write(past, k, v, slots), visible, **options)
+            cache = write(past, k, v, slots)
+        mixed = _mix(config, q, cache, visible)
         mixed = mixed.reshape(*x.shape[:2], -1)
         return _dense(config, config.hidden_size, "o", use_bias=config.out_bias)(mixed), cache
+
+
+def _mix(
+    config: TransformerConfig, queries: Float[Array, "B T H hd"], cache: LayerCache | ForkedCache, visible: Visible
+) -> Float[Array, "B T H hd"]:
+    options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
+    chosen = kernels.choose(config).attend
+    if chosen is not None and isinstance(visible, kernels.Spans):
+        return chosen(queries, cache, visible, **options)
+    if isinstance(cache, ForkedCache):
+        return attend_forked(queries, cache, visible, **options)
+    return attend(queries, cache, visible, **options)
 
 
 class MLP(nn.Module):

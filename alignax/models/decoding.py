@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from alignax.models import views
-from alignax.models.attention import ForkedCache, LayerCache
+from alignax.models import kernels, views
+from alignax.models.attention import ForkedCache, LayerCache, SlotMajorCache
 from alignax.models.blocks import Block, apply
 from alignax.models.config import TransformerConfig
 from alignax.types import Array, Cache, Params
@@ -25,12 +25,16 @@ class Forked(NamedTuple):
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int) -> tuple[LayerCache, ...]:
-    """Empty slots for `length` tokens of every row."""
-    keys = (batch, config.num_kv_heads, config.head_dim, length)
+    """Empty slots for `length` tokens of every row, in the layout that the chosen attention reads.
+
+    A kernel that takes whole blocks of slots gets a few more than asked for.
+    """
+    choice = kernels.choose(config)
+    length += -length % choice.slots_multiple
     values = (batch, config.num_kv_heads, length, config.head_dim)
-    return tuple(
-        LayerCache(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.num_layers)
-    )
+    keys = (batch, config.num_kv_heads, config.head_dim, length)
+    kind, keys = (SlotMajorCache, values) if choice.slot_major else (LayerCache, keys)
+    return tuple(kind(jnp.zeros(keys, config.dtype), jnp.zeros(values, config.dtype)) for _ in range(config.num_layers))
 
 
 def fork(
@@ -52,6 +56,9 @@ def extend(
     """Runs new tokens through all layers; their states, the cache with their slots filled, the sums of routers."""
     forked = isinstance(cache, Forked)
     slots, seen = (_forked_views if forked else _own_views)(config, positions, cache)
+    if positions.shape[1] == 1 and kernels.choose(config).attend is not None:
+        spans = kernels.spans(config, positions[:, 0], cache.lengths if forked else None)
+        seen = [(angle, span) for (angle, _), span in zip(seen, spans)]
     filled, aux = [], []
     for index, (past, kind) in enumerate(zip(cache.layers if forked else cache, config.layer_kinds)):
         angle, visible = seen[config.kinds.index(kind)]
