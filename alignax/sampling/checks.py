@@ -31,7 +31,7 @@ def static(**counts: Any) -> None:
             raise ValueError(f"sampling: {name}={count}; expected at least 1")
 
 
-def prompts(prompts: Array, lengths: Array, row_ids: Array | None, *, group: int) -> None:
+def prompts(prompts: Any, lengths: Any, row_ids: Any, *, group: int) -> None:
     """Checks shapes and dtypes, and the lengths where they are known."""
     _integers("prompts", prompts)
     if prompts.ndim != 2 or 0 in prompts.shape:
@@ -89,14 +89,13 @@ def sequences(rows: int, value: Any) -> Int[Array, "R K L"]:
     """
     if not hasattr(value, "ndim"):
         value = padded(value)
-    value = _ids("stop", value)
     if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[0] != rows):
         raise ValueError(f"sampling: stop of shape {value.shape}; expected [K, L] or [{rows}, K, L]")
     if not isinstance(value, Tracer) and value.size:
         known = np.asarray(value)
         if np.any((known[..., 1:] < 0) & (known[..., :-1] >= 0)):
             raise ValueError("sampling: stop has -1 behind an id; expected -1 only before each sequence")
-    return jnp.broadcast_to(value, (rows, *value.shape[-2:]))
+    return jnp.broadcast_to(_ids("stop", value), (rows, *value.shape[-2:]))
 
 
 def padded(found: Any) -> np.ndarray:
@@ -112,9 +111,10 @@ def padded(found: Any) -> np.ndarray:
 def _ids(name: str, value: Any) -> Array:
     least = -1
     if not hasattr(value, "ndim"):
-        if not isinstance(value, Sequence) or not all(map(_is_int, value)):
+        if not isinstance(value, Sequence) or not all(_is_int(x) or isinstance(x, Tracer) for x in value):
             raise TypeError(f"sampling: {name}={value!r}; expected ints, such as (2,)")
-        value, least = np.asarray(value, np.int32), 0
+        traced = any(isinstance(x, Tracer) for x in value)  # a tuple that was handed through `jit`
+        value, least = jnp.stack(value) if traced else np.asarray(value, np.int32), 0
     _integers(name, value)
     if not isinstance(value, Tracer) and np.any(np.asarray(value) < least):
         raise ValueError(f"sampling: {name}={value}; expected ids of at least {least}")

@@ -11,6 +11,8 @@ from jaxtyping import Float, Int, Key, UInt
 from alignax.types import Array
 
 _BLOCK = 128
+_SHARDS = 16
+_LARGE = 32_768  # from here on the padding is little
 
 
 def row_keys(key: Array, row_ids: Int[Array, " R"]) -> Array:
@@ -35,7 +37,9 @@ def categorical(
     (its logits are NaN) gives token 0.
     """
     rows, size = gap.shape
-    gap = jnp.pad(gap, ((0, 0), (0, -size % _BLOCK)), constant_values=jnp.inf).reshape(rows, -1, _BLOCK)
+    # blocks of a large vocabulary divide among devices, so that where it is sharded each sums its own
+    whole = _BLOCK * (_SHARDS if size >= _LARGE else 1)
+    gap = jnp.pad(gap, ((0, 0), (0, -size % whole)), constant_values=jnp.inf).reshape(rows, -1, _BLOCK)
     weight = jnp.where(gap <= limit[:, None, None], jnp.exp(-gap), 0.0)
     blocks = jnp.sum(weight, axis=-1)
     block = _pick(blocks, uniform[:, 0])

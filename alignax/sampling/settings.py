@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from alignax.sampling import checks
@@ -53,6 +54,7 @@ class Settings(NamedTuple):
             max_tokens=max_new_tokens if max_tokens is None else max_tokens,
         )
         if max_tokens is not None:
-            numbers[-1] = checks.at_most("max_tokens", numbers[-1], max_new_tokens)
+            # the value as it was given: inside of `jit` what `numbers` makes of it is traced
+            numbers[-1] = jnp.minimum(numbers[-1], checks.at_most("max_tokens", max_tokens, max_new_tokens))
         ids = (checks.ids(rows, name, value) for name, value in (("eos_ids", eos_ids), ("forbidden", forbidden)))
         return cls(*numbers, *ids, stop=checks.sequences(rows, stop))

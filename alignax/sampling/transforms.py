@@ -50,9 +50,8 @@ def penalise(
     """
 
     def penalised() -> Array:
-        rows, size = jnp.arange(len(logits))[:, None], logits.shape[1]
-        ids = jnp.where(jnp.arange(tokens.shape[1])[None] < columns[:, None], tokens, size)
-        seen = jnp.zeros(logits.shape, bool).at[rows, ids].set(True, mode="drop")
+        ids = jnp.where(jnp.arange(tokens.shape[1])[None] < columns[:, None], tokens, logits.shape[1])
+        seen = _mark(jnp.zeros(logits.shape, bool), ids, True)
         factor = penalty[:, None]
         return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
 
@@ -62,7 +61,7 @@ def penalise(
 def forbid(logits: Float[Array, "R V"], ids: Int[Array, "R F"]) -> Float[Array, "R V"]:
     """-inf for some tokens of each row; an id of -1 is none."""
     ids = jnp.where(ids < 0, logits.shape[1], ids)  # out of bounds, and dropped
-    return logits.at[jnp.arange(len(logits))[:, None], ids].set(-jnp.inf, mode="drop") if ids.shape[1] else logits
+    return _mark(logits, ids, -jnp.inf) if ids.shape[1] else logits
 
 
 def top_k_limit(gap: Float[Array, "R V"], top_k: Int[Array, " R"]) -> Float[Array, " R"]:
@@ -86,6 +85,11 @@ def min_p_limit(min_p: Float[Array, " R"]) -> Float[Array, " R"]:
     (https://arxiv.org/abs/2407.01082), section 3.
     """
     return jnp.maximum(-jnp.log(min_p), 0.0)
+
+
+def _mark(x: Array, ids: Int[Array, "R N"], value: float | bool) -> Array:
+    # mapped over the rows: where they are sharded, every device marks its own
+    return jax.vmap(lambda row, own: row.at[own].set(value, mode="drop"))(x, ids)
 
 
 def _unless_off(value: Array, limit: Callable[[Array], Array]) -> Array:
