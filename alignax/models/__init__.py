@@ -7,6 +7,8 @@ from alignax.models.adapters import from_linen as from_linen
 from alignax.models.adapters import from_nnx as from_nnx
 from alignax.models.config import LayerKind as LayerKind
 from alignax.models.config import TransformerConfig as TransformerConfig
+from alignax.models.contrastive import contrastive as contrastive
+from alignax.models.contrastive import contrastive_logits as contrastive_logits
 from alignax.models.heads import add_score as add_score
 from alignax.models.heads import with_score as with_score
 from alignax.models.mixture import geometric_mixture_logits as geometric_mixture_logits

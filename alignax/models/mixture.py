@@ -8,17 +8,13 @@ mixture of whole sequences has a normaliser that nobody can compute. See "Nash L
 et al. (https://arxiv.org/abs/2312.00886), section 7.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float
 
-from alignax.types import Array, Cache, Hidden, Model, Params, Scalar
-
-NAMES = ("policy", "reference", "weight")
+from alignax.models.pair import pair
+from alignax.types import Array, Model, Scalar
 
 
 def geometric_mixture_logits(
@@ -50,54 +46,24 @@ def geometric_mixture_logits(
     return part(1 - mix, policy_logits) + part(mix, ref_logits)
 
 
-def mixture(model: Model) -> Model:
-    """Geometric mixture, model: pi^(1-b) ref^b token by token, of two parameter sets of one model.
+def mixture(policy: Model, reference: Model | None = None) -> Model:
+    """Geometric mixture, model: pi^(1-b) ref^b token by token, of two parameter sets of one model, or of two models.
 
     See "Nash Learning from Human Feedback", Munos et al. (https://arxiv.org/abs/2312.00886), section 7.
 
     Parameters are `{"policy": params, "reference": params, "weight": b}`, b being the reference's part: an array, so
-    that changing it compiles nothing. Both networks run, and both keep a cache. It samples and scores; there is no
-    scalar head, and auxiliary losses are the policy's.
+    that changing it compiles nothing. Both networks run, and both keep a cache; see `pair` for what else holds. It
+    samples and scores; there is no scalar head, and auxiliary losses are the policy's.
+
+    Args:
+      policy: a model.
+      reference: another of the same vocabulary; None: the same model.
 
     Raises:
-      ValueError: when other parameters reach it.
+      ValueError: when other parameters reach it, or the vocabularies differ.
     """
 
-    def init(key: Array) -> Params:
-        params = model.init(key)
-        return {"policy": params, "reference": params, "weight": jnp.asarray(0.5)}
+    def mix(policy_logits: Array, ref_logits: Array, *, weight: Array) -> Array:
+        return geometric_mixture_logits(policy_logits, ref_logits, mix=weight)
 
-    def hidden(params: Params, *rows: Array, cache: Cache = None, **options: Any) -> Hidden:
-        policy, reference, _ = _parts(params)
-        caches = (None, None) if cache is None else cache
-        found = [model.hidden(p, *rows, cache=c, **options) for p, c in zip((policy, reference), caches)]
-        states = jnp.concatenate([x.states for x in found], axis=-1)
-        return Hidden(states, None if cache is None else tuple(x.cache for x in found), found[0].aux)
-
-    def logits(params: Params, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        policy, reference, weight = _parts(params)
-        halves = jnp.split(states, 2, axis=-1)
-        return geometric_mixture_logits(model.logits(policy, halves[0]), model.logits(reference, halves[1]), mix=weight)
-
-    def init_cache(batch: int, length: int) -> Cache:
-        return model.init_cache(batch, length), model.init_cache(batch, length)
-
-    return Model(init, hidden, logits, init_cache, model.config, fork=_both(model.fork), unroll=_unroll(model))
-
-
-def _both(fork: Callable | None) -> Callable | None:
-    """`Model.fork` for the caches of both."""
-    return fork and (lambda caches, *args: tuple(fork(cache, *args) for cache in caches))
-
-
-def _unroll(model: Model) -> Callable | None:
-    unroll = model.unroll
-    return unroll and (lambda params: params | {name: unroll(params[name]) for name in NAMES[:2]})
-
-
-def _parts(params: Params) -> tuple[Params, Params, Array]:
-    if not (isinstance(params, dict) and set(params) == set(NAMES)):
-        found = sorted(params) if isinstance(params, dict) else type(params).__name__
-        raise ValueError(f"a mixture got parameters {found}; expected {NAMES}")
-    policy, reference, weight = (params[name] for name in NAMES)
-    return policy, reference, weight
+    return pair("a mixture", {"policy": policy, "reference": reference or policy}, {"weight": 0.5}, mix)

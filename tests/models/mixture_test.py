@@ -1,5 +1,6 @@
 """The geometric mixture against the normalised product of two known distributions, sampled and scored."""
 
+import dataclasses
 import functools
 
 import jax
@@ -124,3 +125,46 @@ def test_a_weight_out_of_range_is_refused(mix):
 def test_other_vocabularies_are_refused():
     with pytest.raises(Exception, match=r"logits of shape \(3,\) and \(4,\); expected the same|Type-check"):
         models.geometric_mixture_logits(jnp.zeros(3), jnp.zeros(4), mix=0.5)
+
+
+def other():
+    """A model with another width, depth and head, and its parameters."""
+    config = models.TransformerConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=4
+    )
+    model = models.transformer(dataclasses.replace(config, tie_embeddings=True, initializer_range=0.5))
+    return model, model.init(jax.random.key(7))
+
+
+def of_words():
+    """A function of tokens, whose states are its logits."""
+    model = models.from_apply(lambda table, tokens, segments: table[tokens], init=lambda key: jnp.zeros((32, 32)))
+    return model, jax.random.normal(jax.random.key(8), (32, 32))
+
+
+@pytest.mark.parametrize(("build", "swapped"), [(other, False), (of_words, True)])
+def test_policy_and_reference_may_be_different_models(llama, build, swapped):
+    members = [llama[:2], build()]
+    (model, policy), (second, reference) = members[::-1] if swapped else members
+    mixed = models.mixture(model, second)
+    params = {"policy": policy, "reference": reference, "weight": jnp.asarray(0.3)}
+    assert bool(mixed.fork) == (build is other) and mixed.unroll
+    prompts = jnp.array([[3, 1, 4, 0], [2, 6, 9, 5]]), jnp.array([3, 4])
+    found = sampler(mixed, 2, 5)(params, *prompts, jax.random.key(0))
+    rows_of = (found.tokens, found.segments)
+    both = [np.asarray(m.logits(p, m.hidden(p, *rows_of).states)) for m, p in ((model, policy), (second, reference))]
+    logits = 0.7 * both[0].astype(np.float64) + 0.3 * both[1]
+    by_hand = np.take_along_axis(toys.log_softmax(logits[:, :-1]), np.asarray(found.tokens)[:, 1:, None], 2)
+    expected = np.where(found.mask[:, 1:], by_hand[..., 0], 0.0)
+    np.testing.assert_allclose(found.logp[:, 1:], expected, rtol=0, atol=1e-5)
+    made = jax.eval_shape(mixed.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+
+
+def test_models_of_other_vocabularies_are_refused(llama):
+    mixed = models.mixture(llama[0], toys.chain())
+    params = {"policy": llama[1], "reference": jnp.zeros((5, 5)), "weight": jnp.asarray(0.3)}
+    with pytest.raises(
+        ValueError, match=r"a mixture of vocabularies of 32 \(policy\) and 5 \(reference\); expected one"
+    ):
+        mixed.logits(params, jnp.zeros((2, 21)))
