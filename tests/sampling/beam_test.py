@@ -238,21 +238,26 @@ def test_rows_that_do_not_exist_are_empty():
     np.testing.assert_allclose(scores[0], expected, atol=1e-6)
 
 
-def test_it_stops_when_nothing_can_enter():
+def test_it_stops_when_nothing_can_enter_and_not_before():
     steps = []
 
     def hidden(*args, **kwargs):
         jax.debug.callback(lambda: steps.append(1))
         return toys.chain().hidden(*args, **kwargs)
 
-    counting = 9.0 * jnp.roll(jnp.eye(5), 1, axis=1)
-    search = searcher(toys.chain()._replace(hidden=hidden), beams=2, max_new_tokens=50, eos_ids=(4,))
-    for power, most in ((0.0, 1 + 4), (1.0, 1 + 49)):
+    # 0 ends at once or goes on at half that probability; 1 goes on for ever at next to no cost
+    table = jnp.log(
+        jnp.array([[0.05, 0.3, 0.025, 0.025, 0.6], [0.0025, 0.99, 0.0025, 0.0025, 0.0025]] + [[0.2] * 5] * 3)
+    )
+    search = searcher(toys.chain()._replace(hidden=hidden), beams=2, max_new_tokens=9, eos_ids=(4,))
+    longest = (np.log(0.3) + 8 * np.log(0.99)) / 9
+    for power, score, length, count in ((0.0, np.log(0.6), 1, 1), (1.0, longest, 9, 9)):
         steps.clear()
-        found = search(counting, *arrays([[1], [2]], [1, 1]), length_penalty=power)
-        assert found.samples.lengths.tolist() == [3, 2]
+        found = search(table, *arrays([[0]], [1]), length_penalty=power)
+        np.testing.assert_allclose(found.scores, [score], rtol=1e-5)
+        assert found.samples.lengths.tolist() == [length]
         jax.effects_barrier()
-        assert 1 + 3 <= len(steps) <= most
+        assert len(steps) == 1 + count  # the prefill, and a step for each token
 
 
 def test_no_value_compiles_anew():
