@@ -51,7 +51,7 @@ CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy",
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(rollouts.Options):
     """Group-relative policy optimisation."""
 
     model: str
@@ -86,8 +86,6 @@ class Config:
     """Most tokens of a completion."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities trained on."""
-    top_p: float = 1.0
-    """Sample only from the most likely tokens that hold this probability."""
     advantages: Advantages = "group_relative"
     """What a completion's reward is compared with, and divided by: see `alignax.advantages`."""
     policy_loss: PolicyLoss = "ppo_clip"
@@ -240,6 +238,7 @@ def main(config: Config) -> dict[str, float]:
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
+    record = rollouts.make_record(config, loaded, sampler)
 
     result, completions = evaluate(state.params)
     common.print_samples("before", questions["prompts"][:4], completions[:4])
@@ -251,6 +250,7 @@ def main(config: Config) -> dict[str, float]:
             asked, _ = next(stream)
             rows = sampler.sample(state.params, *place((asked["tokens"], asked["lengths"])), sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
+            measured = record(step, state.params, asked, rows, verdict)
             counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
             advantage, weights, spread = compare(config, verdict.reward, rows, counted)
             rollout = grpo.Batch(
@@ -271,7 +271,7 @@ def main(config: Config) -> dict[str, float]:
             metrics = rollouts.mean_of(parts)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= spread | rollouts.rollout_metrics(rows, verdict, counted)
+            metrics |= spread | measured
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result

@@ -66,7 +66,7 @@ METHODS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(rollouts.Options):
     """Learning from preferences between a policy's own samples."""
 
     model: str
@@ -119,8 +119,6 @@ class Config:
     """Most tokens of a completion."""
     temperature: float = 0.9
     """Of sampling; pairwise losses take log-probabilities at 1, policy gradients at this temperature."""
-    top_p: float = 1.0
-    """Sample only from the most likely tokens that hold this probability."""
     held_out: float = 0.1
     """Fraction of the prompts that is evaluated on and never trained on."""
     evaluate_every: int = 25
@@ -159,13 +157,11 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
     """Makes `draw(params, asked, key)`: the samples of each player, side by side, leaves [B, N, ...]."""
-    settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
     counts = collections.Counter(players)
-    samplers = {}
-    for player, count in counts.items():
-        model = models.mixture(loaded.model) if player == "mixture" else loaded.model
-        generate = partial(sampling.generate, model, eos_ids=loaded.eos_ids, group=count, **settings)
-        samplers[player] = jax.jit(generate)
+    samplers = {
+        player: rollouts.make_sample(config, loaded, group=count, mixed=player == "mixture")
+        for player, count in counts.items()
+    }
 
     def draw(params: dict[str, Params], asked: tuple[jax.Array, jax.Array], key: jax.Array) -> sampling.Samples:
         keys = jax.random.split(key, len(samplers))
@@ -220,6 +216,26 @@ def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Sa
         return Verdict(completions, rewards.shift_preference(preferences, shift))
 
     return judge
+
+
+def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., dict[str, Any]]:
+    """Makes `record(step, policies, asked, samples, verdict) -> metrics`, of samples of players that have not moved.
+
+    It saves the samples, if asked to, with the rate at which each wins against the others of its prompt as its reward;
+    at the first step the metrics say whether the trainer agrees with the sampler about the first player.
+    """
+    model = models.mixture(loaded.model) if players[0] == "mixture" else loaded.model
+    compare = jax.jit(partial(sampling.parity_report, model, temperature=config.temperature))
+
+    def record(step: int, policies: dict[str, Params], asked: dict, samples: sampling.Samples, verdict: Verdict):
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+        rates = rewards.mean_win_rates(jnp.asarray(verdict.preferences), include_self=False)
+        texts, names = [text for row in verdict.completions for text in row], [*players] * len(rates)
+        rollouts.save(config, loaded, step, asked, flat, common.to_host(rates).ravel(), {}, texts, player=names)
+        first = jax.tree.map(lambda x: x[:, 0], samples)
+        return rollouts.parity_metrics(compare(policies[players[0]], first)) if step == 1 else {}
+
+    return record
 
 
 def make_loss(config: Config, model: Model) -> LossFn:
@@ -307,7 +323,8 @@ def main(config: Config) -> dict[str, float]:
     reference, average, weight = loaded.params, loaded.params, jnp.asarray(config.mixture)
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
-    draw, follow = make_draw(config, loaded, players), jax.jit(train.ema)
+    draw, record = make_draw(config, loaded, players), make_record(config, loaded, players)
+    follow = jax.jit(train.ema)
     questions = prompts.questions()
     evaluate = make_evaluate(config, loaded, judge, questions)
 
@@ -325,6 +342,7 @@ def main(config: Config) -> dict[str, float]:
             verdict = judge(asked, samples)
             counted = asked["weights"] > 0  # not the rows that fill up an epoch's last batch
             batch, measured = make_batch(config, players, samples, verdict.preferences, counted)
+            measured |= record(step, policies, asked, samples, verdict)
             state, metrics = update(state, place(batch), {"reference": reference}, hyper)
             if config.method == "nash_ema":
                 average = follow(average, state.params, rate=config.ema_rate)

@@ -25,7 +25,6 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
-import numpy as np
 import rollouts
 import tyro
 from actor_critic import Learner, States
@@ -48,7 +47,7 @@ CURVES += ("approx_kl", "loss/value", "values/explained_variance", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(rollouts.Options):
     """Proximal policy optimisation."""
 
     model: str
@@ -91,8 +90,6 @@ class Config:
     """Most tokens of a completion."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities trained on."""
-    top_p: float = 1.0
-    """Sample only from the most likely tokens that hold this probability."""
     missing_eos_penalty: float = 1.0
     """Taken off the score of a completion that was cut off."""
     bootstrap: bool = False
@@ -360,6 +357,7 @@ def main(config: Config) -> dict[str, float]:
     states, key = learner.states, jax.random.key(config.seed)
     questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
+    record = rollouts.make_record(config, loaded, sampler)
 
     result, completions = evaluate(learner.policy(states))
     common.print_samples("before", questions["prompts"][:4], completions[:4])
@@ -372,11 +370,12 @@ def main(config: Config) -> dict[str, float]:
             placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
             rows = sampler.sample(learner.policy(states), *placed, sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
+            measured = record(step, learner.policy(states), asked, rows, verdict)
             weights = jnp.repeat(jnp.asarray(asked["weights"]), config.group)  # 0 where rows fill an epoch's last batch
             batch, said, kept = collect(states, kept, rows, jnp.asarray(verdict.reward), weights)
             only = step <= config.critic_warmup
             states, metrics = learn_from(config, learner, states, batch, said, order_key, only)
-            metrics |= said | rollouts.rollout_metrics(rows, verdict, np.asarray(weights) > 0)
+            metrics |= said | measured
             if not only:
                 kept, seen = adapt(kept, learner.policy(states), rows, batch, said)
                 metrics |= seen

@@ -4,6 +4,7 @@ A `Config` here is any script's that has the fields read below. A reward is a ru
 completions, **columns) -> list[float]`, or a learned model, which reads the tokens of the row.
 """
 
+import dataclasses
 import pathlib
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import data, losses, reduce, rewards, sampling, train
+from alignax import data, losses, models, reduce, rewards, sampling, train
 from alignax.data import text
+from alignax.data.tokens import encode_texts
 from alignax.io import hf
 from alignax.logprobs import last_score, token_logprobs
-from alignax.types import Params
+from alignax.types import Model, Params
 
 PolicyLoss = Literal[
     "ppo_clip", "ppo_penalty", "ppo_hybrid", "reinforce", "reinforce_is_token", "reinforce_is_sequence", "rloo", "gspo",
@@ -28,6 +30,27 @@ PolicyLoss = Literal[
 ]  # fmt: skip
 POLICY_LOSSES: dict[str, Callable] = {name: getattr(losses, name) for name in get_args(PolicyLoss)}
 REWARDS = {"last_number": rewards.last_number}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How rows are sampled, beside how long and how warm they are, and what is kept of them: fields of a Config.
+
+    The trainer's log-probabilities, and with them every ratio, are those at the temperature, whatever filters are on.
+    """
+
+    top_p: float = 1.0
+    """Sample only from the most likely tokens that hold this probability."""
+    top_k: int = 0
+    """Sample only from this many of the most likely tokens; 0 is off."""
+    min_p: float = 0.0
+    """Sample only tokens at least this many times as likely as the best one; 0 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion and stay in it, as the tokenizer spells them behind other text."""
+    rollout_bfloat16: bool = False
+    """Sample in bfloat16, from weights cast once a rollout; what is trained stays as it is."""
+    save_rollouts: bool = False
+    """Keep every rollout as OUTPUT/rollouts/step-000001.parquet, one line a sample; see `alignax.data.rollouts`."""
 
 
 def find_reward(name: str) -> rewards.Reward:
@@ -191,6 +214,40 @@ def rows_at_once(config: Any) -> int:
     return config.prompts * config.group // (config.minibatches * config.microbatches)
 
 
+def stop_ids(tokenizer: Any, stops: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, as the tokenizer spells it behind a letter or a line end.
+
+    Raises:
+      ValueError: for an empty text.
+    """
+    if not all(stops):
+        raise ValueError(f"stop={stops!r}; expected texts, none of them empty")
+    return [encode_texts(tokenizer, "a", stop)[1] for stop in stops]
+
+
+def make_sample(config: Any, loaded: hf.Loaded, *, group: int = 1, mixed: bool = False) -> Callable:
+    """Makes `sample(params, tokens, lengths, key) -> Samples`, a group of completions for each prompt, compiled.
+
+    `mixed`: of `models.mixture`, to which the parameters then belong.
+    """
+    fields = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
+    settings = {name: getattr(config, name) for name in fields} | {"eos_ids": loaded.eos_ids, "group": group}
+    settings["stop"] = stop_ids(loaded.tokenizer, config.stop)
+    model: Model = loaded.model
+    if config.rollout_bfloat16:
+        model = models.transformer(dataclasses.replace(loaded.model.config, dtype=jnp.bfloat16))
+    model = models.mixture(model) if mixed else model
+
+    def cast(params: Params) -> Params:
+        if not config.rollout_bfloat16:
+            return params
+        networks = {name: params[name] for name in ("policy", "reference")} if mixed else params
+        networks = sampling.rollout_params(networks)
+        return params | networks if mixed else networks
+
+    return jax.jit(lambda params, *asked: sampling.generate(model, cast(params), *asked, **settings))
+
+
 class Sampler(NamedTuple):
     """What is compiled around sampling, each once."""
 
@@ -202,15 +259,13 @@ class Sampler(NamedTuple):
 def make_sampler(config: Any, loaded: hf.Loaded) -> Sampler:
     """The sampler of one model, and the scorer of what it samples, on as many rows at once as an update takes."""
     model = loaded.model
-    settings = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    generate = partial(sampling.generate, model, eos_ids=loaded.eos_ids, **settings)
 
     def logp(params: Params, rows: sampling.Samples) -> jax.Array:
         return token_logprobs(model, params, rows.tokens, rows.segments, mask=rows.mask, temperature=config.temperature)
 
     return Sampler(
-        sample=jax.jit(partial(generate, group=config.group)),
-        sample_one=jax.jit(generate),
+        sample=make_sample(config, loaded, group=config.group),
+        sample_one=make_sample(config, loaded),
         logp=jax.jit(train.in_parts(logp, rows_at_once(config))),
     )
 
@@ -235,6 +290,56 @@ def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarra
     metrics = {name: x[counted].mean() for name, x in scores.items()}
     metrics["reward/std"] = verdict.reward[counted].std()
     return metrics | {"length": rows.lengths[counted].mean(), "truncated": rows.truncated[counted].mean()}
+
+
+def parity_metrics(report: sampling.ParityReport) -> dict[str, jax.Array]:
+    """Whether sampler and trainer agree; a correction makes up for what they do not."""
+    return {f"parity/{name}": getattr(report, name) for name in ("max", "mean", "k3", "outside")}
+
+
+def save(
+    config: Any,
+    loaded: hf.Loaded,
+    step: int,
+    asked: dict,
+    samples: sampling.Samples,
+    rewards: np.ndarray,
+    parts: Mapping[str, np.ndarray],
+    completions: Sequence[str],
+    **columns: Sequence,
+) -> None:
+    """Writes a rollout of R samples where the Config wants it; rows that fill up an epoch's last batch weigh 0."""
+    if not config.save_rollouts or jax.process_index() != 0:
+        return
+    group = len(rewards) // len(asked["lengths"])
+    prompts = [row[:length] for row, length in zip(asked["tokens"], asked["lengths"])]
+    texts = loaded.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)  # as the model saw them
+    data.rollouts.write(
+        config.output / "rollouts" / f"step-{step:06d}.parquet",
+        samples,
+        rewards=rewards,
+        parts=parts,
+        prompts=[prompt for prompt in texts for _ in range(group)],
+        completions=completions,
+        columns={"step": [step] * len(rewards), "weight": np.repeat(asked["weights"], group), **columns},
+    )
+
+
+def make_record(config: Any, loaded: hf.Loaded, sampler: Sampler) -> Callable[..., dict[str, Any]]:
+    """Makes `record(step, params, asked, rows, verdict) -> metrics`, of a rollout by parameters that have not moved.
+
+    It saves the rollout, if asked to; metrics of the first one say whether the trainer agrees with the sampler.
+    """
+    compare = jax.jit(sampling.compare_logp)
+
+    def record(step: int, params: Params, asked: dict, rows: sampling.Samples, verdict: Verdict) -> dict[str, Any]:
+        save(config, loaded, step, asked, rows, verdict.reward, verdict.parts, verdict.completions)
+        metrics = rollout_metrics(rows, verdict, np.repeat(asked["weights"], config.group) > 0)
+        if step == 1:
+            metrics |= parity_metrics(compare(sampler.logp(params, rows), rows.logp, rows.mask))
+        return metrics
+
+    return record
 
 
 def make_evaluate(

@@ -9,7 +9,7 @@ import online_preference
 import pytest
 import rollouts
 
-from alignax import sampling
+from alignax import data, sampling
 from alignax.algorithms import nash_md, preference
 from alignax.io import hf
 
@@ -36,7 +36,8 @@ def test_whole(tiny_folder, tmp_path, capsys, method):
     files, mine = write(tmp_path)
     options = {
         # the last of three rollouts an epoch has filler rows
-        "nash_md": {"steps": 3, "prefer": f"{mine}:prefer", "mixture": 0.5, "microbatches": 2},
+        "nash_md": {"steps": 3, "prefer": f"{mine}:prefer", "mixture": 0.5, "microbatches": 2}
+        | {"save_rollouts": True, "temperature": 0.7, "min_p": 1e-3},
         "sppo": {"steps": 2, "reward": f"{mine}:vowels", "samples": 3, "reference_every": 1},
     }[method]
     config = online_preference.Config(model=str(tiny_folder), method=method, **files, **SMALL, **options)
@@ -50,6 +51,11 @@ def test_whole(tiny_folder, tmp_path, capsys, method):
         assert all(abs(line["rewards/chosen"]) < 1e-7 for line in lines[1:]) and "ties" in lines[1]
     else:  # the reference is the start
         assert abs(lines[1]["kl"]) < 1e-5 < lines[3]["kl"] and "rewards/probabilities" in lines[1]
+        assert lines[1]["parity/max"] < 1e-5 and "parity/max" not in lines[2]
+        found = data.rollouts.read(config.output / "rollouts")
+        assert found.columns["player"] == ["policy", "mixture"] * 12 and found.columns["step"][::8] == [1, 2, 3]
+        assert found.prompts[::2] == found.prompts[1::2] and sum(found.columns["weight"]) == 20
+        np.testing.assert_allclose(found.rewards.reshape(12, 2).sum(axis=1), 1, atol=1e-6)  # win rates of two
     saved, start = hf.load(config.output / "model"), hf.load(tiny_folder)
     assert not np.array_equal(saved.params["embed"]["embedding"], start.params["embed"]["embedding"])
     assert "win rate against the start" in capsys.readouterr().out

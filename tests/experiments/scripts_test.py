@@ -310,8 +310,14 @@ def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, t
         whiten_advantages=False,
         kl="k3",
         learning_rate=1e-2,
+        save_rollouts=True,
+        top_k=250,
     )
     assert not (config.output / "critic").exists()
+    assert lines[0]["parity/max"] < 1e-5 and "parity/max" not in lines[1]
+    found = data.rollouts.read(config.output / "rollouts")
+    assert found.columns["step"] == [1] * 8 + [2] * 8 and found.prompts[:8:2] == found.prompts[1:8:2]
+    np.testing.assert_allclose(found.rewards, 2.0 * found.parts["rule"] + 0.5 * found.parts["model"], rtol=1e-6)
     assert all(1 <= line["updates"] < 8 for line in lines)
     assert [line["values/clip_fraction"] for line in lines] == [0, 0]
     assert all(line["entropy/before"] > 0.5 and line["entropy_weight"] == 0 for line in lines)
