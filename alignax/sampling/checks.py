@@ -98,20 +98,22 @@ def sequences(rows: int, value: Any) -> Int[Array, "R K L"]:
     return jnp.broadcast_to(_ids("stop", value), (rows, *value.shape[-2:]))
 
 
-def padded(found: Any) -> np.ndarray:
+def padded(found: Any) -> Any:
     """Sequences as one array [K, L], -1 before those shorter than the longest."""
-    if not all(isinstance(x, Sequence) and len(x) and all(map(_is_int, x)) for x in found):
+    if not all(isinstance(x, Sequence) and len(x) and _are_ints(x) for x in found):
         raise TypeError(f"sampling: stop={found!r}; expected sequences of ids, none of them empty, such as ((13, 13),)")
-    if any(token < 0 for x in found for token in x):
+    traced = any(isinstance(token, Tracer) for x in found for token in x)
+    if not traced and any(token < 0 for x in found for token in x):
         raise ValueError(f"sampling: stop={found!r}; expected ids of at least 0")
     length = max(map(len, found), default=1)
-    return np.array([[-1] * (length - len(x)) + list(x) for x in found], np.int32).reshape(len(found), length)
+    rows = [[-1] * (length - len(x)) + list(x) for x in found]
+    return jnp.array(rows, jnp.int32) if traced else np.array(rows, np.int32).reshape(len(found), length)
 
 
 def _ids(name: str, value: Any) -> Array:
     least = -1
     if not hasattr(value, "ndim"):
-        if not isinstance(value, Sequence) or not all(_is_int(x) or isinstance(x, Tracer) for x in value):
+        if not isinstance(value, Sequence) or not _are_ints(value):
             raise TypeError(f"sampling: {name}={value!r}; expected ints, such as (2,)")
         traced = any(isinstance(x, Tracer) for x in value)  # a tuple that was handed through `jit`
         value, least = jnp.stack(value) if traced else np.asarray(value, np.int32), 0
@@ -145,6 +147,10 @@ def _lengths(lengths: np.ndarray, width: int) -> None:
 def _integers(name: str, value: Any) -> None:
     if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise TypeError(f"sampling: {name} of dtype {jnp.result_type(value)}; expected integers")
+
+
+def _are_ints(values: Sequence) -> bool:
+    return all(_is_int(x) or isinstance(x, Tracer) for x in values)
 
 
 def _is_int(value: Any) -> bool:
