@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from references import toys
 
+from alignax.models import decoding
 from alignax.models.config import TransformerConfig
 from alignax.models.transformer import transformer
 from alignax.sampling import Settings, draft_model, drafts, draw, generate, ngram, speculate
@@ -48,7 +49,11 @@ def parameters(model, seed):
 
 @functools.cache
 def llama():
-    """A tiny random decoder whose positions end at its context, and its forward pass: rows [R, 16] -> [R, 16, V]."""
+    """A tiny random decoder, its parameters and its forward pass: rows [R, 16] -> logits [R, 16, V].
+
+    Its positions end where its context does, and its cache has more slots than asked for, as those for kernels have:
+    what is fed from behind the context would leave NaN there.
+    """
     config = TransformerConfig(
         vocab_size=32,
         hidden_size=16,
@@ -62,6 +67,9 @@ def llama():
         initializer_range=0.4,
     )
     model = transformer(config)
+    model = model._replace(
+        fork=lambda cache, lengths, group, slots: decoding.fork(config, cache, lengths, group, slots + 8)
+    )
     params = parameters(model, 1)
     forward = jax.jit(lambda *row: model.logits(params, model.hidden(params, *row).states))
     return model, params, lambda tokens, segments: np.asarray(forward(*arrays(tokens, segments)))
@@ -144,6 +152,18 @@ def test_the_distribution_is_unchanged_by_a_draft_that_knows_nothing(key):
     sample = sampler(toys.chain(), uniform_draft(), draft_tokens=3, max_new_tokens=5, group=6000)
     samples, _ = sample(*arrays(table, [prompt], [2]), key)
     assert_same_distribution(np.asarray(samples.tokens)[:, 2:], joint(lambda row: table[row[-1]], prompt, 5, PLAIN))
+
+
+def test_the_distribution_is_unchanged_where_a_draw_takes_two_numbers(key):
+    """The same chain on five of 300 tokens, which lie in three blocks of `draw.categorical`."""
+    ids = np.array([0, 7, 130, 200, 299])
+    wide, of_draft = np.full((2, 300, 300), -1e9, np.float32)
+    wide[np.ix_(ids, ids)], of_draft[np.ix_(ids, ids)], table = tables(), tables(8), tables()
+    sample = sampler(toys.chain(), drafted(toys.chain()), draft_tokens=2, max_new_tokens=4, group=4000)
+    samples, _ = sample(*arrays(wide, [[7]], [1]), key, draft_params=jnp.asarray(of_draft))
+    completions = np.searchsorted(ids, np.asarray(samples.tokens)[:, 1:])
+    np.testing.assert_array_equal(ids[completions], samples.tokens[:, 1:])
+    assert_same_distribution(completions, joint(lambda row: table[row[-1]], [1], 4, PLAIN))
 
 
 def never_the_last_but_one(logits, tokens, columns):
