@@ -9,9 +9,10 @@ is a prompt and a key head, and the query heads of the whole group ride along, s
 
 What has run: in Pallas' interpreter on a CPU it equals the plain way, and under jax 0.10.2 and 0.11.2 it lowers for
 CUDA. On a GPU it has not run yet; the sizes of its blocks are derived, not tuned. jax 0.11.2 ships the kernel
-unchanged, but warns that it and Pallas' Triton backend are to go; once they are gone `choose` says so and takes the
-plain way. Nothing is gained by tokamax 0.0.17: its Triton kernel takes spans and returns the same sums, but not through
-its public function, runs on that same backend, and asks for jax 0.11.1.
+unchanged, but warns that it and Pallas' Triton backend are to go; once the kernel is gone `choose` says so and takes
+the plain way. tokamax 0.0.17 (read, not run) has nothing better for one token: its `ops.gpu` flash attentions take
+spans and return the sums, but the one for Triton runs on that same backend, the one for Mosaic, which outlives it,
+cannot split the keys of a span among programs, and both ask for jax 0.11.1 and Python 3.12.
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ def choose(config: TransformerConfig, platform: str | None = None) -> Choice:
     if platform == "cpu":
         return plain("the kernels are for GPUs")
     if platform == "tpu":
-        return plain("JAX's paged kernels for TPUs return no sums, without which a shared prompt cannot be merged")
+        return plain("JAX's paged kernels return no sums, without which what a prompt shares cannot be merged")
     if platform != "cuda":
         return plain(f"no kernel is known for {platform}")
     against = against or _unfit(config) or _missing()

@@ -190,6 +190,7 @@ def test_blocks_by_hand():
     assert kernels._blocks(128, 300, 384, 256, 2) == {"block_h": 32, "block_k": 32, "k_splits": 1}
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # jax 0.11.2 on
 def test_a_step_lowers_for_cuda():
     """Without a GPU: what Triton is given is built, not compiled. One program for own slots,
     which both layers call, and two for shared slots, with a window and without."""
@@ -201,7 +202,8 @@ def test_a_step_lowers_for_cuda():
         return model.hidden(params, tokens, jnp.ones_like(tokens), positions=positions, cache=cache).states
 
     column, lengths = jax.ShapeDtypeStruct((6, 1), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    traced = jax.jit(step).trace(jax.eval_shape(model.init, jax.random.key(0)), column, column, lengths)
+    params = jax.eval_shape(model.init, jax.random.key(0))
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(step).trace(params, column, column, lengths)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("custom_call @__gpu$xla.gpu.triton(") == 3
