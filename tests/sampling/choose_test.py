@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import toys
+from references.processed import penalised, processed
 
 from alignax.sampling import Settings, choose, draw
 
@@ -24,33 +25,6 @@ SETTINGS = [
     {"forbidden": (1, 4)},
     {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3, "forbidden": (0, 2)},
 ]
-
-
-def penalised(logits, row, repetition_penalty=1.0, forbidden=()):
-    """Logits in float64; as transformers has it, a negative score is multiplied and any other divided."""
-    z = np.array(logits, np.float64)
-    for token in set(row):
-        z[token] = z[token] * repetition_penalty if z[token] < 0 else z[token] / repetition_penalty
-    z[list(forbidden)] = -np.inf
-    return z
-
-
-def processed(logits, row, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, **penalties):
-    """The log-probabilities that one row is drawn from, in float64 by sorting."""
-    z = penalised(logits, row, **penalties)
-    if temperature == 0:
-        p = (np.arange(len(z)) == np.argmax(z)).astype(float)
-    else:
-        p = np.exp((z - z.max()) / temperature)
-        order = np.argsort(-p, kind="stable")
-        if top_k:
-            p[order[top_k:]] = 0
-        if top_p < 1:
-            before = np.cumsum(p[order]) - p[order]
-            p[order[before >= top_p * p.sum()]] = 0
-        p[p < min_p * p.max()] = 0
-    with np.errstate(divide="ignore"):
-        return np.log(p / p.sum())
 
 
 @functools.partial(jax.jit, static_argnames="process")

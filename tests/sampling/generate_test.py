@@ -1,5 +1,6 @@
 """The sampler against distributions known in closed form, plain Python loops and the trainer's forward pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import toys
+from references.processed import processed
 
 from alignax import logprobs
 from alignax.models.config import TransformerConfig
@@ -111,6 +113,55 @@ def bent(logits, temperature, top_k, top_p, min_p):
     p[order[1:]] *= (np.cumsum(p[order]) / p.sum() < top_p)[:-1]
     p[p < min_p * p.max()] = 0
     return p / p.sum()
+
+
+def chain():
+    """The chain as `toys.history` comes: the model, its parameters, and row -> the logits behind it."""
+    table = np.random.default_rng(5).normal(size=(7, 7)).astype(np.float32)
+    return toys.chain(), jnp.asarray(table), lambda row: table[row[-1]]
+
+
+def tiny():
+    """The same of the tiny decoder, by the trainer's forward pass."""
+    model, params, forward = llama()
+
+    def behind(row):
+        padded = np.zeros((1, 16), np.int32)
+        padded[0, : len(row)] = row
+        return forward(padded, np.arange(16)[None] < len(row))[0, len(row) - 1]
+
+    return model, params, behind
+
+
+BENT = [
+    {"temperature": 0.7},
+    {"temperature": 0.0, "repetition_penalty": 1.4},
+    {"top_k": 4, "forbidden": (1, 3)},
+    {"temperature": 1.5, "top_p": 0.8, "repetition_penalty": 1.2},
+    {"min_p": 0.2, "forbidden": (0, 5)},
+    {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.7, "forbidden": (2, 4)},
+]
+
+
+@pytest.mark.parametrize("build", [chain, toys.history, tiny])
+def test_both_log_probabilities_of_every_token(build, key):
+    """Under the model at the temperature, and under all that bends it; one row of each kind."""
+    model, params, reference = build()
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    numbers = {name: jnp.asarray([one.get(name, value) for one in BENT]) for name, value in off.items()}
+    forbidden = jnp.asarray([one.get("forbidden", (-1, -1)) for one in BENT])
+    sample = sampler(model, max_new_tokens=8, group=2)
+    samples = sample(params, *arrays(np.clip(PROMPTS, 0, 6), LENGTHS), key, **numbers, forbidden=forbidden)
+    for row, setting in enumerate(BENT):
+        tokens = np.asarray(samples.tokens[row])
+        for column in np.flatnonzero(samples.mask[row]):
+            logits, token = reference(tokens[:column]), tokens[column]
+            after = processed(logits, tokens[:column], **setting)[token]
+            own = toys.log_softmax(logits / (setting.get("temperature", 1.0) or 1.0))[token]
+            assert abs(samples.logp[row, column] - own) <= 2e-5
+            assert abs(samples.processed_logp[row, column] - after) <= 2e-5
+    assert not np.any(np.asarray(samples.processed_logp[1]))  # the greedy row
+    assert np.all(np.asarray(samples.processed_logp)[~np.asarray(samples.mask)] == 0)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +382,78 @@ def test_fills_the_context_to_the_last_position_and_no_further(key):
     assert shapes.tokens.shape == (2, 16)
     with pytest.raises(ValueError, match=r"width 6 and max_new_tokens=11 need 17 positions.*16"):
         generate(model, params, jnp.ones((2, 6), jnp.int32), jnp.array([6, 1]), key, max_new_tokens=11)
+
+
+def trainers(model, params, samples):
+    """log p of every token by the forward pass without a cache."""
+    score = jax.jit(functools.partial(logprobs.token_logprobs, model))
+    return score(params, samples.tokens, samples.segments, mask=samples.mask)
+
+
+@functools.cache
+def variant(**switches):
+    """The tiny decoder with other switches."""
+    model = transformer(dataclasses.replace(llama()[0].config, initializer_range=0.1, **switches))
+    return model, model.init(jax.random.key(2))
+
+
+def test_the_last_of_the_learned_positions_is_used(key):
+    model, params = variant(learned_positions=True, layer_norm=True)
+    samples = sampler(model, max_new_tokens=10)(params, jnp.ones((2, 6), jnp.int32), jnp.array([6, 3]), key)
+    assert samples.segments.sum(axis=1).tolist() == [16, 13]
+    np.testing.assert_allclose(samples.logp, trainers(model, params, samples), atol=1e-5)
+
+
+@pytest.mark.parametrize(("vocab", "new"), [(3, 4), (130, 1)])
+def test_one_prompt_of_one_token_and_a_group_of_five(vocab, new, key):
+    """And a vocabulary of less than a block of the draw, or of a block and a little."""
+    model, params = variant(vocab_size=vocab)
+    samples = sampler(model, max_new_tokens=new, group=5)(params, jnp.array([[2]]), jnp.array([1]), key)
+    assert samples.tokens.shape == (5, 1 + new) and samples.lengths.tolist() == [new] * 5
+    assert int(samples.tokens.max()) < vocab and len({tuple(row) for row in samples.tokens.tolist()}) > 1
+    np.testing.assert_allclose(samples.logp, trainers(model, params, samples), atol=1e-5)
+
+
+def test_bfloat16(key):
+    model, params = variant(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    samples = sampler(model, max_new_tokens=10, group=4)(
+        params, jnp.array([[1, 2, 3], [4, 0, 0]]), jnp.array([3, 1]), key
+    )
+    assert samples.logp.dtype == jnp.float32
+    np.testing.assert_allclose(samples.logp, trainers(model, params, samples), atol=2e-2)
+
+
+def test_adapters_beside_frozen_weights_sample_as_the_merged_weights_do(key):
+    """Any tree will do for parameters: here a product of two thin matrices is added to a projection."""
+    model, base, _ = llama()
+    merges = []
+    rng = np.random.default_rng(0)
+    thin = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in (("a", (2, 16, 3)), ("b", (2, 3, 16)))
+    }
+
+    def merged(params):
+        if "adapters" not in params:
+            return params["base"]
+        merges.append(1)
+        layers = params["base"]["layers"]
+        kernel = layers["attn"]["q"]["kernel"] + params["adapters"]["a"] @ params["adapters"]["b"]
+        return params["base"] | {"layers": layers | {"attn": layers["attn"] | {"q": {"kernel": kernel}}}}
+
+    adapted = model._replace(
+        hidden=lambda params, *rows, **options: model.hidden(merged(params), *rows, **options),
+        logits=lambda params, states: model.logits(params["base"], states),
+        unroll=lambda params: {"base": model.unroll(merged(params))},
+    )
+    params = {"base": base, "adapters": thin}
+    arguments = (*arrays(np.clip(PROMPTS, 0, 6), LENGTHS), key)
+    found = sampler(adapted, max_new_tokens=8, group=4, eos_ids=(2,))(params, *arguments)
+    assert len(merges) == 2  # for the prompts, and for all steps
+    plain = sampler(model, max_new_tokens=8, group=4, eos_ids=(2,))
+    expected = plain(merged(params), *arguments)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.logp, expected.logp, atol=1e-6)
+    assert plain(base, *arguments).tokens.tolist() != found.tokens.tolist()
 
 
 def test_lengths_that_jit_hides_and_that_are_wrong_show():
