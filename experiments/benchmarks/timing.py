@@ -1,0 +1,70 @@
+"""What the benchmarks share: probes of the machine, medians, and the random Llama they run."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alignax.models.config import TransformerConfig
+from alignax.models.transformer import transformer
+from alignax.types import Model
+
+
+def probe() -> float:
+    """GFLOP/s of a 2048-cubed float32 matrix product."""
+    matrix = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    return 2 * 2048**3 / median_seconds(lambda: product(matrix, matrix).block_until_ready(), 7) / 1e9
+
+
+def bandwidth(mebibytes: int = 512) -> float:
+    """GB/s that a copy of a large array moves, read and written."""
+    array = jnp.ones(mebibytes * 2**18, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(array).block_until_ready()
+    return 2 * array.nbytes / median_seconds(lambda: copy(array).block_until_ready(), 7) / 1e9
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median time of a call."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def llama(
+    *,
+    vocab: int,
+    width: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    mlp: int,
+    max_positions: int,
+    dtype: str = "float32",
+    **options: Any,
+) -> Model:
+    """The Llama of a shape, parameters and computation of one dtype; `options` are `TransformerConfig`'s."""
+    return transformer(
+        TransformerConfig(
+            vocab_size=vocab,
+            hidden_size=width,
+            intermediate_size=mlp,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            max_positions=max_positions,
+            dtype=dtype,
+            param_dtype=dtype,
+            **options,
+        )
+    )
