@@ -57,7 +57,7 @@ def problem(size, seed=0):
     return logits, tokens.astype(np.int32), columns.astype(np.int32)
 
 
-@pytest.mark.parametrize("size", [8, 129, 300])
+@pytest.mark.parametrize("size", [8, 300, 33_000])  # part of a block, blocks, and blocks that are padded
 def test_both_log_probabilities_are_those_of_the_formulas(size, key):
     logits, tokens, columns = problem(size)
     table, settings = per_row()

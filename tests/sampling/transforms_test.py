@@ -128,3 +128,34 @@ def test_nothing_is_searched_when_no_filter_is_on():
     assert names.count("cond") == 2
     assert "while" not in names and "scan" not in names  # the searches lie inside the branches
     assert "sort" not in str(jaxpr) and "top_k" not in names
+
+
+def test_a_penalty_is_for_what_a_row_holds():
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(5, 6)).astype(np.float32)
+    logits[0, 2], logits[1, 3] = 0, -INF
+    tokens, columns = rng.integers(0, 6, (5, 4)), np.array([0, 1, 2, 3, 4])
+    tokens[1, 0], tokens[3, 1] = 3, 99  # a token that is out already, and one outside of the vocabulary
+    tokens = np.where(np.arange(4)[None] < columns[:, None], tokens, 0)  # what is not filled is no token 0
+    penalty = np.array([3.0, 2.0, 1.0, 0.5, 1.7], np.float32)
+    expected = logits.astype(np.float64)
+    for row, (filled, factor) in enumerate(zip(columns, penalty)):
+        for token in set(tokens[row, :filled]) - {99}:
+            expected[row, token] *= factor if expected[row, token] < 0 else 1 / factor
+    found = transforms.penalise(*map(jnp.asarray, (logits, tokens, columns, penalty)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_array_equal(found[0], logits[0])
+    np.testing.assert_array_equal(found[2], logits[2])
+
+
+def test_a_penalty_is_looked_up_only_where_there_is_one():
+    arguments = jnp.zeros((2, 8)), jnp.zeros((2, 3), jnp.int32), jnp.ones(2, jnp.int32), jnp.ones(2)
+    names = [equation.primitive.name for equation in jax.make_jaxpr(transforms.penalise)(*arguments).jaxpr.eqns]
+    assert names.count("cond") == 1 and "scatter" not in names
+
+
+def test_forbidden_tokens_of_each_row():
+    logits = jnp.arange(12.0).reshape(3, 4)
+    found = transforms.forbid(logits, jnp.array([[-1, -1], [2, 0], [3, 99]]))
+    assert found.tolist() == [[0, 1, 2, 3], [-INF, 5, -INF, 7], [8, 9, 10, -INF]]
+    assert transforms.forbid(logits, jnp.zeros((3, 0), jnp.int32)) is logits
