@@ -119,9 +119,8 @@ def assert_same_distribution(completions, p):
 
 SETTINGS = {
     "plain": {},
-    "hot": {"temperature": 1.7},
     "filters": {"temperature": 0.9, "top_k": 4, "top_p": 0.8},
-    "top_k": {"top_k": 2},
+    "hot": {"temperature": 1.7, "top_k": 2},
     "penalty": {"temperature": 0.8, "repetition_penalty": 1.8},
 }
 
@@ -141,7 +140,7 @@ def uniform_draft():
 @pytest.mark.parametrize("draft", [drafted(toys.chain()), copied(2)], ids=["chain", "ngram"])
 def test_the_distribution_of_a_chain_is_unchanged(draft, setting, key):
     setting, table, prompt = PLAIN | setting, tables(), [0, 3, 1, 0, 2, 0]
-    sample = sampler(toys.chain(), draft, draft_tokens=2, max_new_tokens=5, group=6000)
+    sample = sampler(toys.chain(), draft, draft_tokens=2, max_new_tokens=5, group=3000)
     samples, spent = sample(*arrays(table, [prompt], [6]), key, draft_params=jnp.asarray(tables(8)), **setting)
     assert 0.1 < spent.accepted.sum() / spent.proposed.sum() < 0.9
     assert_same_distribution(np.asarray(samples.tokens)[:, 6:], joint(lambda row: table[row[-1]], prompt, 5, setting))
@@ -149,7 +148,7 @@ def test_the_distribution_of_a_chain_is_unchanged(draft, setting, key):
 
 def test_the_distribution_is_unchanged_by_a_draft_that_knows_nothing(key):
     table, prompt = tables(), [0, 3]
-    sample = sampler(toys.chain(), uniform_draft(), draft_tokens=3, max_new_tokens=5, group=6000)
+    sample = sampler(toys.chain(), uniform_draft(), draft_tokens=3, max_new_tokens=5, group=3000)
     samples, _ = sample(*arrays(table, [prompt], [2]), key)
     assert_same_distribution(np.asarray(samples.tokens)[:, 2:], joint(lambda row: table[row[-1]], prompt, 5, PLAIN))
 
@@ -177,7 +176,7 @@ def test_the_distribution_of_what_sees_everything_is_unchanged(setting, key):
     model, params, reference = toys.history()
     other = toys.history(seed=1)[1] * 0.3 + params * 0.7
     draft = drafted(model)
-    sample = sampler(model, draft, draft_tokens=2, max_new_tokens=4, group=6000, process=(never_the_last_but_one,))
+    sample = sampler(model, draft, draft_tokens=2, max_new_tokens=4, group=3000, process=(never_the_last_but_one,))
     samples, spent = sample(params, *arrays([PROMPTS[1]], [3]), key, draft_params=other, **setting)
     assert 0.1 < spent.accepted.sum() / spent.proposed.sum() < 0.95
 
@@ -295,13 +294,25 @@ def test_rows_end_at_the_first_of_eos_stop_and_their_own_limit(draft, key):
     assert np.all(spent.accepted <= lengths) and np.all(lengths <= spent.accepted + spent.rounds)
 
 
+def of_chain(table, draft_table, prompts, key, temperature):
+    sample = sampler(toys.chain(), drafted(toys.chain()), draft_tokens=3, max_new_tokens=7)
+    draft_params = jnp.asarray(draft_table)
+    return sample(*arrays(table, prompts, [1, 1]), key, draft_params=draft_params, temperature=temperature)
+
+
+def test_greedy_takes_the_first_of_equals(key):
+    tied = np.array([[0.0, 2.0, 2.0, 1.0, 2.0]] * 5, np.float32)
+    for draft_table in (tied, tables()):
+        samples, _ = of_chain(tied, draft_table, [[0], [2]], key, temperature=0.0)
+        assert samples.tokens[:, 1:].tolist() == [[1] * 7] * 2
+
+
 def test_rounds_are_counted(key):
     # the model counts 1 2 3 4 0 1 ..., and so does the draft, but for the 1 that it takes to follow 3
     counting = 90.0 * np.roll(np.eye(5), 1, axis=1).astype(np.float32)
     mistaken = counting.copy()
     mistaken[3] = 90.0 * np.eye(5)[1]
-    sample = sampler(toys.chain(), drafted(toys.chain()), draft_tokens=3, max_new_tokens=7)
-    samples, spent = sample(*arrays(counting, [[0], [2]], [1, 1]), key, draft_params=jnp.asarray(mistaken))
+    samples, spent = of_chain(counting, mistaken, [[0], [2]], key, temperature=1.0)
     assert samples.tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [2, 3, 4, 0, 1, 2, 3, 4]]
     # (1 2 3) 4 | (0 1 2); and (3) 4 | (0 1 2) 3 | 4 with room for one proposal, a wrong one
     assert [x.tolist() for x in spent] == [[2, 3], [6, 7], [6, 4]]
