@@ -97,9 +97,16 @@ def measure(args: argparse.Namespace, peer: dict | None = None) -> dict:
     }
     for batch in args.batches:
         for group in args.groups:
-            row = {"batch": batch, "group": group} | time_batch(args, model, params, batch, group)
-            row["floor_bytes"] = floor_bytes(model.config, weights, args, batch, group)
-            row["fraction"] = row["floor_bytes"] / row["ms_per_step"] / 1e6 / report["copy_gb_per_second"]
+            row = {
+                "batch": batch,
+                "group": group,
+                "floor_bytes": floor_bytes(model.config, weights, args, batch, group),
+            }
+            try:
+                row |= time_batch(args, model, params, batch, group)
+                row["fraction"] = row["floor_bytes"] / row["ms_per_step"] / 1e6 / report["copy_gb_per_second"]
+            except jax.errors.JaxRuntimeError as error:  # out of memory, say: the other rows count all the same
+                row["failed"] = str(error)[:500]
             if peer and str(batch) in peer.get("seconds", {}):
                 first, whole = peer["seconds"][str(batch)]
                 row["peer"] = readings(first, whole, batch, args.new_tokens)
@@ -175,6 +182,9 @@ def table(report: dict) -> str:
         f"{'temp GB':>9}{'peer ms/step':>14}{'peer tokens/s':>15}{'times':>7}",
     ]
     for row in report["rows"]:
+        if "failed" in row:
+            lines.append(f"{row['batch']:5}{row['group']:6}  failed: {row['failed'].splitlines()[0][:90]}")
+            continue
         line = (
             f"{row['batch']:5}{row['group']:6}{row['prefill_ms']:12.1f}{row['ms_per_step']:9.2f}"
             f"{row['tokens_per_second']:10.0f}{row['floor_bytes'] / 1e6:10.1f}{row['fraction']:9.1%}"

@@ -4,6 +4,7 @@ import importlib
 import json
 import pathlib
 
+import jax
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "experiments" / "benchmarks"
@@ -56,17 +57,26 @@ def test_what_cannot_be_measured_is_refused(decode_gpu, capsys, words, message):
 
 
 def test_a_tiny_table(decode_gpu, monkeypatch, tmp_path, capsys):
-    """Two groups of one batch, beside a peer whose seconds are given."""
+    """Two groups of one batch, beside a peer whose seconds are given, and one that finds no memory."""
     peer = {"torch": "2", "device": "cpu", "seconds": {"8": [1.0, 1.0 + 47 * 0.02]}}
+    time_batch, output = decode_gpu.time_batch, ["--json", str(tmp_path / "out.json")]
+
+    def of_two_groups(args, model, params, batch, group):
+        if group == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+        return time_batch(args, model, params, batch, group)
+
+    monkeypatch.setattr(decode_gpu, "time_batch", of_two_groups)
     monkeypatch.setattr(decode_gpu, "run_peer", lambda args: peer)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    monkeypatch.setattr("sys.argv", ["decode_gpu.py", "--tiny", "--peer", "--json", str(tmp_path / "out.json")])
+    monkeypatch.setattr("sys.argv", ["decode_gpu.py", "--tiny", "--peer", "--groups", "1", "8", "4", *output])
     decode_gpu.main()
     report = json.loads((tmp_path / "out.json").read_text())
-    first, second = report["rows"]
+    first, second, third = report["rows"]
     assert (first["group"], second["group"]) == (1, 8)
     assert first["floor_bytes"] - second["floor_bytes"] == 7 * 15 * 2 * 2 * 2 * 16 * 2  # seven prompts fewer
     assert first["peer"]["ms_per_step"] == pytest.approx(20)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith("decode attention: plain XLA") and len(printed) == 6
+    assert printed[1].startswith("decode attention: plain XLA") and len(printed) == 7
+    assert third["failed"] and printed[5].split(":")[0] == "    8     4  failed"
     assert printed[-1] == "peer: transformers' generate, torch 2, device cpu"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -207,3 +208,23 @@ def test_a_step_lowers_for_cuda():
         traced = jax.jit(step).trace(params, column, column, lengths)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("custom_call @__gpu$xla.gpu.triton(") == 3
+
+
+@pytest.mark.parametrize(
+    "capability, version, devices, name, reason",
+    [
+        ("9.0", "PJRT C API\ncuda 13000", 1, "Pallas mqa", "filled slots only"),
+        ("12.0", "PJRT C API\ncuda 13000", 1, "Pallas mqa", "filled slots only"),
+        ("7.5", "PJRT C API\ncuda 13000", 1, "plain XLA", "a GPU is older than what Triton compiles for"),
+        ("9.0", "PJRT C API\ncuda 13000", 8, "plain XLA", "does not split a kernel over the 8 devices"),
+        ("gfx942", "PJRT C API\nrocm 60300", 1, "plain XLA", "no kernel is known for rocm"),
+    ],
+)
+def test_the_device_at_hand_is_asked(monkeypatch, capability, version, devices, name, reason):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(device_kind="a GPU", client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device] * devices)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    choice = kernels.choose(AUTOMATIC)
+    assert choice.name == name and reason in choice.reason
