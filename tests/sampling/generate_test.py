@@ -432,23 +432,23 @@ def test_adapters_beside_frozen_weights_sample_as_the_merged_weights_do(key):
         name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in (("a", (2, 16, 3)), ("b", (2, 3, 16)))
     }
 
-    def merged(params):
+    def merged(params, where=""):
         if "adapters" not in params:
             return params["base"]
-        merges.append(1)
+        merges.append(where)
         layers = params["base"]["layers"]
         kernel = layers["attn"]["q"]["kernel"] + params["adapters"]["a"] @ params["adapters"]["b"]
         return params["base"] | {"layers": layers | {"attn": layers["attn"] | {"q": {"kernel": kernel}}}}
 
     adapted = model._replace(
-        hidden=lambda params, *rows, **options: model.hidden(merged(params), *rows, **options),
+        hidden=lambda params, *rows, **options: model.hidden(merged(params, "prompts"), *rows, **options),
         logits=lambda params, states: model.logits(params["base"], states),
-        unroll=lambda params: {"base": model.unroll(merged(params))},
+        unroll=lambda params: {"base": model.unroll(merged(params, "steps"))},
     )
     params = {"base": base, "adapters": thin}
     arguments = (*arrays(np.clip(PROMPTS, 0, 6), LENGTHS), key)
     found = sampler(adapted, max_new_tokens=8, group=4, eos_ids=(2,))(params, *arguments)
-    assert len(merges) == 2  # for the prompts, and for all steps
+    assert merges == ["prompts", "steps"]  # once for all steps
     plain = sampler(model, max_new_tokens=8, group=4, eos_ids=(2,))
     expected = plain(merged(params), *arguments)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
