@@ -112,21 +112,11 @@ def alignax_rollout(args):
 def transformers_rollout(args):
     """`generate` of the same shape; each prompt is given once for each completion."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers_peer
 
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab"],
-        hidden_size=SHAPE["width"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        intermediate_size=SHAPE["mlp"],
-        max_position_embeddings=args.prompt_length + NEW,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = transformers_peer.llama(SHAPE, args.prompt_length + NEW, "cpu", dtype=torch.float32, tied=False)
     prompts = torch.randint(0, SHAPE["vocab"], (PROMPTS, args.prompt_length)).repeat_interleave(GROUP, 0)
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "pad_token_id": 0}
     return torch.no_grad()(lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts), **options))
 
 

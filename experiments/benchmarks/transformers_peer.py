@@ -1,4 +1,4 @@
-"""The peer of `decode_gpu.py`: times `generate` of transformers, in a process and maybe an environment of its own.
+"""transformers as the peer of `decode_gpu.py` and `peers.py`: times its `generate`, in a process of its own.
 
     python experiments/benchmarks/transformers_peer.py '{"shape": ..., "batches": [8], ...}' OUTPUT.json
 
@@ -28,8 +28,8 @@ def main():
     output.write_text(json.dumps(found))
 
 
-def llama(shape: dict[str, int], max_positions: int, device: str):
-    """A random Llama in bfloat16 that never stops."""
+def llama(shape: dict[str, int], max_positions: int, device: str, *, dtype=torch.bfloat16, tied: bool = True):
+    """A random Llama that never stops."""
     config = transformers.LlamaConfig(
         vocab_size=shape["vocab"],
         hidden_size=shape["width"],
@@ -39,14 +39,14 @@ def llama(shape: dict[str, int], max_positions: int, device: str):
         num_key_value_heads=shape["kv_heads"],
         head_dim=shape["head_dim"],
         max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     with torch.device(device):
         return transformers.LlamaForCausalLM(config).eval()
 
