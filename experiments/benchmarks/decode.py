@@ -63,7 +63,7 @@ def main():
 
 def measure(args) -> dict:
     """Compiles once and times every setting, between two probes."""
-    model = timing.llama(**shape(args), max_positions=args.prompt_length + args.new_tokens, dtype=args.dtype)
+    model = timing.llama(shape(args), max_positions=args.prompt_length + args.new_tokens, dtype=args.dtype)
     params = jax.jit(model.init)(jax.random.key(0))
     probes, traced = [timing.probe()], []
 

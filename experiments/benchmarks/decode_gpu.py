@@ -75,7 +75,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 def measure(args: argparse.Namespace, peer: dict | None = None) -> dict:
     """Every batch in groups of every size, one compiled program each, beside what the peer found."""
     model = timing.llama(
-        **args.shape,
+        args.shape,
         max_positions=args.prompt_length + args.new_tokens,
         dtype="bfloat16",
         rope_theta=500_000.0,

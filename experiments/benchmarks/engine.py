@@ -53,7 +53,7 @@ def main():
 
 def measure(args) -> dict:
     """Both ways, in turns."""
-    model = timing.llama(**SHAPE, max_positions=args.prompt_length + args.cap)
+    model = timing.llama(SHAPE, max_positions=args.prompt_length + args.cap)
     params = jax.jit(model.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, SHAPE["vocab"], (args.samples, args.prompt_length), dtype=np.int32)
@@ -96,7 +96,6 @@ def measure(args) -> dict:
         "jax": jax.__version__,
         "tokens": int(budgets.sum()),
         "blocks": counted,
-        "compiled": {"enter": engine.enter._cache_size(), "static": sample._cache_size()},
         "probe_gflops": probes,
         "seconds": seconds,
     }

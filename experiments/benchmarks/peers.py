@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 SHAPE = {"vocab": 8192, "width": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 688}
 PROMPTS, GROUP, NEW = 4, 8, 128
@@ -64,7 +65,7 @@ def measure(args) -> dict:
     return {"prompt_length": args.prompt_length, "rounds": rounds}
 
 
-def run(python: str, worker: str, options: list[str]) -> list[float] | float:
+def run(python: str, worker: str, options: list[str]) -> Any:
     """What one process prints on its last line."""
     command = [python, __file__, "--worker", worker, *options]
     found = subprocess.run(command, capture_output=True, text=True)
@@ -101,7 +102,7 @@ def alignax_rollout(args):
 
     from alignax.sampling import generate
 
-    model = timing.llama(**SHAPE, max_positions=args.prompt_length + NEW)
+    model = timing.llama(SHAPE, max_positions=args.prompt_length + NEW)
     params = jax.jit(model.init)(jax.random.key(0))
     prompts = jax.random.randint(jax.random.key(1), (PROMPTS, args.prompt_length), 0, SHAPE["vocab"])
     sample = jax.jit(functools.partial(generate, model, max_new_tokens=NEW, group=GROUP))
@@ -111,7 +112,7 @@ def alignax_rollout(args):
 
 def transformers_rollout(args):
     """`generate` of the same shape; each prompt is given once for each completion."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     import transformers_peer
 
     model = transformers_peer.llama(SHAPE, args.prompt_length + NEW, "cpu", dtype=torch.float32, tied=False)
@@ -127,8 +128,8 @@ def tunix_rollout(args):
     from flax import nnx
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    from tunix.generate import sampler
-    from tunix.models.llama3 import model
+    from tunix.generate import sampler  # pyright: ignore[reportMissingImports]
+    from tunix.models.llama3 import model  # pyright: ignore[reportMissingImports]
 
     words = {f"w{i}": i for i in range(SHAPE["vocab"] - 3)}
     words |= {token: len(words) + i for i, token in enumerate(("<pad>", "<eos>", "<bos>"))}

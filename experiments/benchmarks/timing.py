@@ -39,29 +39,17 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def llama(
-    *,
-    vocab: int,
-    width: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    mlp: int,
-    max_positions: int,
-    dtype: str = "float32",
-    **options: Any,
-) -> Model:
+def llama(shape: dict[str, int], *, max_positions: int, dtype: str = "float32", **options: Any) -> Model:
     """The Llama of a shape, parameters and computation of one dtype; `options` are `TransformerConfig`'s."""
     return transformer(
         TransformerConfig(
-            vocab_size=vocab,
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_layers=layers,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            vocab_size=shape["vocab"],
+            hidden_size=shape["width"],
+            intermediate_size=shape["mlp"],
+            num_layers=shape["layers"],
+            num_heads=shape["heads"],
+            num_kv_heads=shape["kv_heads"],
+            head_dim=shape["head_dim"],
             max_positions=max_positions,
             dtype=dtype,
             param_dtype=dtype,
