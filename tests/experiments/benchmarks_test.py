@@ -18,7 +18,7 @@ def decode_gpu(monkeypatch):
 
 def config(decode_gpu):
     shape = decode_gpu.LLAMA
-    return decode_gpu.timing.llama(**shape, max_positions=1024, dtype="bfloat16", tie_embeddings=True).config
+    return decode_gpu.timing.llama(shape, max_positions=1024, dtype="bfloat16", tie_embeddings=True).config
 
 
 @pytest.mark.parametrize(
