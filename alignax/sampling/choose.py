@@ -35,7 +35,7 @@ def choose(
     tokens: Int[Array, "R T"],
     columns: Int[Array, " R"],
     *,
-    keys: Array,
+    uniform: Float[Array, "R 2"],
     settings: Settings,
     process: tuple[Process, ...] = (),
 ) -> Chosen:
@@ -47,7 +47,7 @@ def choose(
       logits: the model's, for that column.
       tokens: the rows so far, 0 from that column on.
       columns: the column to be filled.
-      keys: one key for each row.
+      uniform: the two numbers of each row and column, see `draw.uniforms`.
       settings: of each row.
       process: functions that change the logits before the temperature, applied in order.
 
@@ -55,7 +55,6 @@ def choose(
       the token and its log-probabilities, which never depend on the draw. Greedy rows report `logp` at temperature 1,
       and a `processed_logp` of 0.
     """
-    uniform = draw.uniforms(keys, columns)
     gap = transforms.gaps(logits, heat(settings))
 
     def plain() -> Chosen:

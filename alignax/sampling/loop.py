@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from alignax.sampling import draw
 from alignax.sampling.choose import Chosen, Process, choose
 from alignax.sampling.settings import Settings
 from alignax.types import Array, Cache, Model, Params
@@ -68,6 +69,9 @@ def decode(model: Model, params: Params, state: State, *, steps: int, process: t
 
     params: as `Model.unroll` has them.
     """
+    # all numbers at once: a generator is many small operations, and a row that is not done is at its `ends` + count
+    columns = state.ends[None] + jnp.arange(steps)[:, None]
+    numbers = jax.vmap(draw.uniforms, (None, 0))(state.keys, columns)
 
     def unfinished(carry):
         count, state = carry
@@ -76,7 +80,8 @@ def decode(model: Model, params: Params, state: State, *, steps: int, process: t
     def step(carry):
         count, state = carry
         logits, state = feed(model, params, state)
-        chosen = choose(logits, state.tokens, state.ends, keys=state.keys, settings=state.settings, process=process)
+        uniform = jax.lax.dynamic_index_in_dim(numbers, count, keepdims=False)
+        chosen = choose(logits, state.tokens, state.ends, uniform=uniform, settings=state.settings, process=process)
         return count + 1, append(state, chosen)
 
     return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]

@@ -29,8 +29,8 @@ SETTINGS = [
 
 @functools.partial(jax.jit, static_argnames="process")
 def chosen(logits, tokens, columns, key, settings, process=()):
-    keys = draw.row_keys(key, jnp.arange(len(logits)))
-    return choose.choose(logits, tokens, columns, keys=keys, settings=settings, process=process)
+    uniform = draw.uniforms(draw.row_keys(key, jnp.arange(len(logits))), columns)
+    return choose.choose(logits, tokens, columns, uniform=uniform, settings=settings, process=process)
 
 
 def settings_of(rows, **settings):
@@ -169,9 +169,8 @@ def primitives(jaxpr, *, into_branches):
 
 def test_rows_that_ask_for_nothing_pay_for_nothing():
     logits, tokens, columns = problem(300)
-    program = jax.make_jaxpr(lambda *args: choose.choose(*args[:3], keys=args[3], settings=args[4]))
-    keys = draw.row_keys(jax.random.key(0), jnp.arange(ROWS))
-    jaxpr = program(*map(jnp.asarray, (logits, tokens, columns)), keys, settings_of(ROWS)).jaxpr
+    program = jax.make_jaxpr(lambda *args: choose.choose(*args[:3], uniform=args[3], settings=args[4]))
+    jaxpr = program(*map(jnp.asarray, (logits, tokens, columns)), jnp.zeros((ROWS, 2)), settings_of(ROWS)).jaxpr
     outside, everywhere = (list(primitives(jaxpr, into_branches=inside)) for inside in (False, True))
     assert not {"sort", "top_k", "approx_top_k"} & set(everywhere)
     assert outside.count("cond") == 1
