@@ -147,6 +147,7 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
     if config.epochs < 1 or config.minibatches < 1:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
     rollouts.check_updates(config.policy_loss, config.epochs, config.minibatches)
+    rollouts.check_options(config)
     if not config.temperature > 0:
         raise ValueError(f"temperature={config.temperature}; expected a number above 0")
     least = {"ema_rate": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}

@@ -153,6 +153,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     least |= {"missing_eos_penalty": 0, "samples": 2, "max_new_tokens": 1, "evaluate_prompts": 1, "temperature": 0.01}
     checks.check_ranges(config, least=least, most={"mixture": 1, "ema_rate": 1, "reference_rate": 1})
     checks.check(config, mesh, rows=config.prompts, parts=config.microbatches)
+    rollouts.check_options(config)
 
 
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:

@@ -190,6 +190,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     if config.penalty_weight is not None and "kl_weight" not in checks.keywords(POLICY_LOSSES[config.policy_loss]):
         raise ValueError(f"penalty_weight: {config.policy_loss} has no penalty; expected ppo_penalty or ppo_hybrid")
     rollouts.check_updates(config.policy_loss, config.epochs, config.minibatches)
+    rollouts.check_options(config)
     if (config.target_kl or config.penalty_weight is not None) and config.epochs * config.minibatches == 1:
         raise ValueError(
             "target_kl and penalty_weight look at what the first update did; a rollout has only one update"

@@ -46,7 +46,8 @@ class Options:
     min_p: float = 0.0
     """Sample only tokens at least this many times as likely as the best one; 0 is off."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion and stay in it, as the tokenizer spells them behind other text."""
+    """Texts that end a completion and stay in it, as the tokenizer spells them behind other text, or special tokens; a
+    line end is $'\\n' in bash."""
     rollout_bfloat16: bool = False
     """Sample in bfloat16, from weights cast once a rollout; what is trained stays as it is."""
     save_rollouts: bool = False
@@ -99,6 +100,20 @@ def check_updates(name: str, epochs: int, minibatches: int) -> None:
             f"--policy-loss {name} with epochs={epochs}, minibatches={minibatches}: it knows no ratio to the policy "
             "that sampled; expected 1 of each, or reinforce_is_token"
         )
+
+
+def check_options(config: Any) -> None:
+    """Refuses at once what the sampler would refuse when all is loaded.
+
+    Raises:
+      ValueError: for a filter that keeps no token or has no such number, or an empty text in `stop`.
+    """
+    least, most = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), 0), {"top_p": 1, "min_p": 1}
+    checks.check_ranges(config, least=least, most=most | {"top_k": np.iinfo(np.int32).max})
+    if not config.top_p:
+        raise ValueError(f"top_p={config.top_p}; expected a number above 0")
+    if not all(config.stop):
+        raise ValueError(f"stop={config.stop!r}; expected texts, none of them empty")
 
 
 class Prompts(NamedTuple):
@@ -214,15 +229,18 @@ def rows_at_once(config: Any) -> int:
     return config.prompts * config.group // (config.minibatches * config.microbatches)
 
 
-def stop_ids(tokenizer: Any, stops: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, as the tokenizer spells it behind a letter or a line end.
+def stop_ids(tokenizer: Any, stops: Sequence[str], most: int) -> list[list[int]]:
+    """The ids of each text, as the tokenizer spells it behind a letter or a line end; of a special token its own id.
 
     Raises:
-      ValueError: for an empty text.
+      ValueError: for a text of more than `most` tokens, which would stop nothing.
     """
-    if not all(stops):
-        raise ValueError(f"stop={stops!r}; expected texts, none of them empty")
-    return [encode_texts(tokenizer, "a", stop)[1] for stop in stops]
+    special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [[special[stop]] if stop in special else encode_texts(tokenizer, "a", stop)[1] for stop in stops]
+    for stop, ids in zip(stops, found):
+        if len(ids) > most:
+            raise ValueError(f"stop {stop!r} has {len(ids)} tokens; expected at most max_new_tokens={most}")
+    return found
 
 
 def make_sample(config: Any, loaded: hf.Loaded, *, group: int = 1, mixed: bool = False) -> Callable:
@@ -232,7 +250,7 @@ def make_sample(config: Any, loaded: hf.Loaded, *, group: int = 1, mixed: bool =
     """
     fields = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
     settings = {name: getattr(config, name) for name in fields} | {"eos_ids": loaded.eos_ids, "group": group}
-    settings["stop"] = stop_ids(loaded.tokenizer, config.stop)
+    settings["stop"] = stop_ids(loaded.tokenizer, config.stop, config.max_new_tokens)
     model: Model = loaded.model
     if config.rollout_bfloat16:
         model = models.transformer(dataclasses.replace(loaded.model.config, dtype=jnp.bfloat16))

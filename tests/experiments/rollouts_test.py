@@ -1,12 +1,14 @@
 """What scripts that sample share: filters and stops, bfloat16 beside float32, parity at the first step, files."""
 
 import json
+import re
 
 import grpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import online_preference
+import ppo
 import pytest
 import rollouts
 
@@ -71,10 +73,36 @@ def test_a_mixture_in_bfloat16(tiny_folder, monkeypatch, bfloat16):
 
 def test_stops_are_spelled_by_the_tokenizer(tiny_folder):
     loaded = hf.load(tiny_folder)
-    spelled = rollouts.stop_ids(loaded.tokenizer, ("ab", " e", "\n"))
+    spelled = rollouts.stop_ids(loaded.tokenizer, ("ab", " e", "\n"), 2)
     assert [loaded.tokenizer.decode(ids) for ids in spelled] == ["ab", " e", "\n"]
-    with pytest.raises(ValueError, match=r"stop=\('a', ''\); expected texts, none of them empty"):
-        rollouts.stop_ids(loaded.tokenizer, ("a", ""))
+    special = rollouts.stop_ids(loaded.tokenizer, ("<pad>", "<eos>"), 2)
+    assert special == [[loaded.tokenizer.pad_token_id], [loaded.tokenizer.eos_token_id]]
+    with pytest.raises(ValueError, match="stop 'abc' has 3 tokens; expected at most max_new_tokens=2"):
+        rollouts.stop_ids(loaded.tokenizer, ("a", "abc"), 2)
+
+
+OWN = [(grpo, {"reward": "last_number"}), (ppo, {"reward": "last_number", "critic": "policy"})]
+OWN += [(online_preference, {"reward": "last_number"})]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_k": -1}, "top_k=-1; expected 0 or more"),
+        ({"top_k": 2**31}, "top_k=2147483648; expected 2147483647 or less"),
+        ({"top_p": 0.0}, "top_p=0.0; expected a number above 0"),
+        ({"top_p": float("nan")}, "top_p=nan; expected 0 or more"),
+        ({"min_p": 2.0}, "min_p=2.0; expected 1 or less"),
+        ({"temperature": float("inf")}, "temperature=inf; expected a finite number"),
+        ({"stop": ("a", "")}, "stop=('a', ''); expected texts, none of them empty"),
+    ],
+)
+@pytest.mark.parametrize(("script", "own"), OWN)
+def test_options_are_refused_before_anything_is_loaded(script, own, wrong, message, tmp_path):
+    config = script.Config(model="nowhere", data="nowhere", output=tmp_path / "out", **own, **wrong)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        script.main(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_reach_the_sampler(tiny_folder, monkeypatch):
