@@ -222,17 +222,21 @@ def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Sa
 def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., dict[str, Any]]:
     """Makes `record(step, policies, asked, samples, verdict) -> metrics`, of samples of players that have not moved.
 
-    It saves the samples, if asked to, with the rate at which each wins against the others of its prompt as its reward;
-    at the first step the metrics say whether the trainer agrees with the sampler about the first player.
+    It saves the samples, if asked to, with the rate at which each wins against the others of its prompt as its reward,
+    and the row ids of its player's sampler; at the first step the metrics say whether the trainer agrees with the
+    sampler about the first player.
     """
+    own = np.array([players[:i].count(player) for i, player in enumerate(players)])
+    counts = np.array([players.count(player) for player in players])
     model = models.mixture(loaded.model) if players[0] == "mixture" else loaded.model
     compare = jax.jit(partial(sampling.parity_report, model, temperature=config.temperature))
 
     def record(step: int, policies: dict[str, Params], asked: dict, samples: sampling.Samples, verdict: Verdict):
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
         rates = rewards.mean_win_rates(jnp.asarray(verdict.preferences), include_self=False)
-        texts, names = [text for row in verdict.completions for text in row], [*players] * len(rates)
-        rollouts.save(config, loaded, step, asked, flat, common.to_host(rates).ravel(), {}, texts, player=names)
+        texts = [text for row in verdict.completions for text in row]
+        about = {"row_ids": (np.arange(len(rates))[:, None] * counts + own).ravel(), "player": [*players] * len(rates)}
+        rollouts.save(config, loaded, step, asked, flat, common.to_host(rates).ravel(), {}, texts, **about)
         first = jax.tree.map(lambda x: x[:, 0], samples)
         return rollouts.parity_metrics(compare(policies[players[0]], first)) if step == 1 else {}
 

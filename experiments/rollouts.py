@@ -46,8 +46,7 @@ class Options:
     min_p: float = 0.0
     """Sample only tokens at least this many times as likely as the best one; 0 is off."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion and stay in it, as the tokenizer spells them behind other text, or special tokens; a
-    line end is $'\\n' in bash."""
+    """Texts or special tokens that end a completion and stay in it; texts as they are spelled behind other text."""
     rollout_bfloat16: bool = False
     """Sample in bfloat16, from weights cast once a rollout; what is trained stays as it is."""
     save_rollouts: bool = False
@@ -324,6 +323,7 @@ def save(
     rewards: np.ndarray,
     parts: Mapping[str, np.ndarray],
     completions: Sequence[str],
+    row_ids: np.ndarray | None = None,
     **columns: Sequence,
 ) -> None:
     """Writes a rollout of R samples where the Config wants it; rows that fill up an epoch's last batch weigh 0."""
@@ -339,6 +339,7 @@ def save(
         parts=parts,
         prompts=[prompt for prompt in texts for _ in range(group)],
         completions=completions,
+        row_ids=row_ids,
         columns={"step": [step] * len(rewards), "weight": np.repeat(asked["weights"], group), **columns},
     )
 

@@ -54,6 +54,9 @@ def test_whole(tiny_folder, tmp_path, capsys, method):
         assert lines[1]["parity/max"] < 1e-5 and "parity/max" not in lines[2]
         found = data.rollouts.read(config.output / "rollouts")
         assert found.columns["player"] == ["policy", "mixture"] * 12 and found.columns["step"][::8] == [1, 2, 3]
+        np.testing.assert_array_equal(
+            found.row_ids, [0, 0, 1, 1, 2, 2, 3, 3] * 3
+        )  # each player samples one of a prompt
         assert found.prompts[::2] == found.prompts[1::2] and sum(found.columns["weight"]) == 20
         np.testing.assert_allclose(found.rewards.reshape(12, 2).sum(axis=1), 1, atol=1e-6)  # win rates of two
     saved, start = hf.load(config.output / "model"), hf.load(tiny_folder)
