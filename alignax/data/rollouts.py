@@ -28,6 +28,7 @@ PART = "reward/"
 NEEDED = ("prompt_ids", "completion_ids", "logp", "reward", "truncated", "row_id")
 OPTIONAL = ("prompt", "completion", "processed_logp")
 _LISTS = {"prompt_ids": "i", "completion_ids": "i", "logp": "if", "processed_logp": "if"}  # kinds of numpy dtypes
+_INT32, _FLOAT32 = np.iinfo(np.int32), float(np.finfo(np.float32).max)  # what lies outside would wrap, or be infinite
 
 
 class Rollouts(NamedTuple):
@@ -72,7 +73,8 @@ def write(
 
     Raises:
       ValueError: naming the column and row: another suffix, a file that exists, lengths that differ, names taken,
-        numbers that are NaN or infinite, rows that are not a prompt and a completion behind it.
+        numbers that are NaN or infinite, ids below 0 or row ids that are no int32, values that the file cannot hold,
+        rows that are not a prompt and a completion behind it.
     """
     path = Path(path)
     if path.suffix not in _WRITERS:
@@ -81,7 +83,7 @@ def write(
         raise ValueError(f"{path}: exists; name a new file, or remove it")
     lines = _own(jax.device_get(samples), rewards, row_ids)
     texts = {"prompt": prompts, "completion": completions}
-    lines |= {name: list(values) for name, values in texts.items() if values is not None}
+    lines |= {name: _plain(name, values) for name, values in texts.items() if values is not None}
     lines |= {f"{PART}{name}": _numbers(f"{PART}{name}", values) for name, values in (parts or {}).items()}
     for name, values in (columns or {}).items():
         if name in (*NEEDED, *OPTIONAL) or name.startswith(PART):
@@ -104,9 +106,12 @@ def read(source: str | Path, *, width: int | None = None) -> Rollouts:
 
     Raises:
       ValueError: naming file and line: columns that are missing, or not those of the first line; lists whose lengths
-        differ; what is no number; a row longer than the width. FileNotFoundError: no such file.
+        differ; what is no number, or none that int32 and float32 hold; a row longer than the width; no rows at all.
+        FileNotFoundError: no such file.
     """
     rows = [_checked(row) for row in sources.read(source)]
+    if not rows:
+        raise ValueError(f"{source}: no rows")
     first = rows[0]
     for row in rows:
         if row.fields.keys() != first.fields.keys():
@@ -154,6 +159,8 @@ def _own(samples: Samples, rewards: ArrayLike, row_ids: ArrayLike | None) -> dic
     fits = np.all((segments == filled) & (mask == (filled & (columns >= starts[:, None]))), axis=1)
     for row in np.flatnonzero(~fits | (starts < 1) | (starts == ends))[:1]:
         raise ValueError(f"rollouts: row {row} is not [prompt][completion][padding] with the mask on its completion")
+    for row, column in np.argwhere(filled & (tokens < 0))[:1]:
+        raise ValueError(f"rollouts: tokens[{row}, {column}] is {tokens[row, column]}; expected ids of at least 0")
     own: dict[str, list] = {
         "prompt_ids": [x[:start].tolist() for x, start in zip(tokens, starts)],
         "completion_ids": [x[start:end].tolist() for x, start, end in zip(tokens, starts, ends)],
@@ -161,15 +168,28 @@ def _own(samples: Samples, rewards: ArrayLike, row_ids: ArrayLike | None) -> dic
     for name in ("logp", "processed_logp"):
         values = getattr(samples, name)
         if values is not None:
+            if np.shape(values) != mask.shape:
+                raise ValueError(
+                    f"rollouts: {name} of shape {np.shape(values)}; expected {mask.shape}, as the mask has"
+                )
             values = np.where(mask, values, 0.0).astype(np.float32)
             _finite(name, values)
             own[name] = [x[start:end].tolist() for x, start, end in zip(values, starts, ends)]
     own |= {"reward": _numbers("reward", rewards), "truncated": np.asarray(samples.truncated, bool).tolist()}
-    return own | {"row_id": list(range(rows)) if row_ids is None else np.asarray(row_ids).tolist()}
+    return own | {"row_id": list(range(rows)) if row_ids is None else _row_ids(np.asarray(row_ids))}
+
+
+def _row_ids(found: np.ndarray) -> list[int]:
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"rollouts: row_ids of shape {found.shape} and dtype {found.dtype}; expected R integers")
+    for at in np.flatnonzero((found < _INT32.min) | (found > _INT32.max))[:1]:
+        raise ValueError(f"rollouts: row_ids[{at}] is {found[at]}; expected an int32")
+    return found.tolist()
 
 
 def _numbers(name: str, values: ArrayLike) -> list[float]:
-    found = np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):  # it becomes infinite, and is refused
+        found = np.asarray(values, np.float32)
     if found.ndim != 1:
         raise ValueError(f"rollouts: {name} of shape {found.shape}; expected a number for each sample")
     _finite(name, found)
@@ -182,11 +202,11 @@ def _finite(name: str, values: np.ndarray) -> None:
 
 
 def _plain(name: str, values: Any) -> list:
-    """A user's column as what JSON holds."""
+    """A column of texts or a user's own, as what JSON holds."""
     found = values.tolist() if hasattr(values, "tolist") else list(values)
     found = [value.tolist() if hasattr(value, "tolist") else value for value in found]
     try:
-        json.dumps(found, allow_nan=False)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # half a surrogate pair is no UTF-8
     except (TypeError, ValueError) as error:
         raise ValueError(f"rollouts: column {name!r} holds what JSON does not: {error}") from None
     return found
@@ -205,17 +225,24 @@ def _checked(row: Row) -> Row:
         sizes = {"prompt_ids": len(lists["prompt_ids"])} | sizes
         raise ValueError(f"{where}: lengths {sizes}; expected a prompt, and a number for each token of the completion")
     for name in ["reward", *(name for name in fields if name.startswith(PART))]:
-        if not isinstance(fields[name], float | int) or not np.isfinite(fields[name]):
+        if not isinstance(fields[name], float | int) or not -_FLOAT32 <= fields[name] <= _FLOAT32:
             raise ValueError(f"{where}: {name}={fields[name]!r}; expected a finite number")
-    for name, kind in (("truncated", bool), ("row_id", int)):
-        if not isinstance(fields[name], kind):
-            raise ValueError(f"{where}: {name}={fields[name]!r}; expected {kind.__name__}")
+    if not isinstance(fields["truncated"], bool):
+        raise ValueError(f"{where}: truncated={fields['truncated']!r}; expected bool")
+    row_id = fields["row_id"]
+    if not isinstance(row_id, int) or isinstance(row_id, bool) or not _INT32.min <= row_id <= _INT32.max:
+        raise ValueError(f"{where}: row_id={row_id!r}; expected int32")
     return Row(where, fields | lists)
 
 
 def _list_of(where: str, name: str, values: Any, kinds: str) -> np.ndarray:
-    found = np.asarray(values)
-    if found.ndim != 1 or (found.size and (found.dtype.kind not in kinds or not np.all(np.isfinite(found)))):
+    try:
+        found = np.asarray(values)
+    except ValueError:  # lists of unequal length
+        found = np.array(None)
+    least, largest = (0, _INT32.max) if kinds == "i" else (-_FLOAT32, _FLOAT32)
+    good = found.ndim == 1 and (not found.size or found.dtype.kind in kinds)
+    if not good or not np.all((found >= least) & (found <= largest)):  # NaN is neither
         raise ValueError(
             f"{where}: {name}={values!r}; expected a list of {'ids' if kinds == 'i' else 'finite numbers'}"
         )
@@ -252,9 +279,12 @@ def _write_parquet(path: Path, lines: Mapping[str, list]) -> None:
     for name, values in lines.items():
         try:
             arrays[name] = pa.array(values, types.get(name))
-        except pyarrow.lib.ArrowException as error:
+        except (pyarrow.lib.ArrowException, OverflowError) as error:
             raise ValueError(f"rollouts: column {name!r} is not of one type, which Parquet needs: {error}") from None
-    pyarrow.parquet.write_table(pa.table(arrays), path)
+    try:
+        pyarrow.parquet.write_table(pa.table(arrays), path)
+    except pyarrow.lib.ArrowNotImplementedError as error:  # objects without fields
+        raise ValueError(f"rollouts: Parquet does not hold these columns: {error}") from None
 
 
 _WRITERS: dict[str, Callable[[Path, Mapping[str, list]], None]] = {".parquet": _write_parquet, ".jsonl": _write_jsonl}

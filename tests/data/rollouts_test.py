@@ -157,6 +157,12 @@ LOGP = np.zeros((6, WIDTH), np.float32)
         ({"prompts": ["a"]}, "rollouts: prompt has 1 values for 6 samples"),
         ({"completions": ["a"] * 7}, "rollouts: completion has 7 values for 6 samples"),
         ({"row_ids": [1]}, "rollouts: row_id has 1 values for 6 samples"),
+        ({"row_ids": [0.0] * 6}, r"rollouts: row_ids of shape \(6,\) and dtype float64; expected R integers"),
+        ({"row_ids": np.ones((6, 1), int)}, r"rollouts: row_ids of shape \(6, 1\) and dtype int64"),
+        ({"row_ids": [0, 1, 2**31, 3, 4, 5]}, r"rollouts: row_ids\[2\] is 2147483648; expected an int32"),
+        ({"rewards": [1e300] * 6}, r"rollouts: reward\[0\] is inf; expected finite numbers"),
+        ({"prompts": [{1, 2}] * 6}, "rollouts: column 'prompt' holds what JSON does not: .*set"),
+        ({"completions": ["\ud800"] * 6}, "rollouts: column 'completion' holds what JSON does not: .*surrogates"),
         ({"columns": {"step": [1]}}, "rollouts: step has 1 values for 6 samples"),
         ({"columns": {"logp": [1] * 6}}, "rollouts: a column is named 'logp', which is taken"),
         ({"columns": {"reward/x": [1] * 6}}, "rollouts: a column is named 'reward/x', which is taken"),
@@ -175,6 +181,8 @@ def test_refuses_to_write(tmp_path, change, message):
     "change, message",
     [
         ({"logp": LOGP + np.inf}, r"rollouts: logp\[0, 4\] is inf"),
+        ({"logp": LOGP[:, :1]}, r"rollouts: logp of shape \(6, 1\); expected \(6, 12\), as the mask has"),
+        ({"tokens": LOGP.astype(int) - 3}, r"rollouts: tokens\[0, 0\] is -3; expected ids of at least 0"),
         ({"mask": LOGP > 0}, r"rollouts: row 0 is not \[prompt\]\[completion\]\[padding\]"),
         ({"mask": LOGP == 0}, r"rollouts: row 0 is not \[prompt\]"),
         ({"segments": (LOGP + 2).astype(int)}, r"rollouts: row 0 is not \[prompt\]"),
@@ -192,6 +200,9 @@ def test_leaves_no_half_file_and_overwrites_none(tmp_path, monkeypatch):
     mixed = {"x": [1, "a", 2, 3, 4, 5]}
     with pytest.raises(ValueError, match="rollouts: column 'x' is not of one type, which Parquet needs"):
         written(tmp_path / KINDS[0], columns=mixed)
+    for columns in ({"x": [{}] * 6}, {"x": [2**70] * 6}):
+        with pytest.raises(ValueError, match=r"rollouts: .*Parquet .*'x'|rollouts: column 'x' .* Parquet"):
+            written(tmp_path / KINDS[0], columns=columns)
     written(tmp_path / KINDS[1], columns=mixed)
     before = (tmp_path / KINDS[1]).read_bytes()
     with pytest.raises(ValueError, match=r"rollouts\.jsonl: exists; name a new file"):
@@ -219,6 +230,14 @@ def test_leaves_no_half_file_and_overwrites_none(tmp_path, monkeypatch):
         ({"logp": [None]}, r"jsonl:2: logp=\[None\]; expected a list of finite numbers"),
         ({"completion_ids": [0.5]}, r"jsonl:2: completion_ids=\[0\.5\]; expected a list of ids"),
         ({"prompt_ids": []}, r"jsonl:2: lengths \{'prompt_ids': 0, .*; expected a prompt"),
+        ({"prompt_ids": [0, 1, 2, 2**31]}, r"jsonl:2: prompt_ids=\[0, 1, 2, 2147483648\]; expected a list of ids"),
+        ({"prompt_ids": [0, -1]}, r"jsonl:2: prompt_ids=\[0, -1\]; expected a list of ids"),
+        ({"prompt_ids": [[0], [1, 2]]}, r"jsonl:2: prompt_ids=\[\[0\], \[1, 2\]\]; expected a list of ids"),
+        ({"completion_ids": [4], "logp": [-1e39]}, r"jsonl:2: logp=\[-1e\+39\]; expected a list of finite numbers"),
+        ({"reward": 1e39}, r"jsonl:2: reward=1e\+39; expected a finite number"),
+        ({"reward": 10**400}, r"jsonl:2: reward=10+; expected a finite number"),
+        ({"row_id": True}, "jsonl:2: row_id=True; expected int32"),
+        ({"row_id": 2**31}, "jsonl:2: row_id=2147483648; expected int32"),
         ({"truncated": 1}, "jsonl:2: truncated=1; expected bool"),
         ({"row_id": "1"}, "jsonl:2: row_id='1'; expected int"),
     ],
@@ -236,3 +255,9 @@ def test_refuses_to_read(tmp_path, change, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist"):
         data.rollouts.read(tmp_path / "none.parquet")
+
+
+def test_a_folder_without_a_row(tmp_path):
+    (tmp_path / KINDS[1]).touch()
+    with pytest.raises(ValueError, match=rf"{tmp_path.name}: no rows"):
+        data.rollouts.read(tmp_path)
