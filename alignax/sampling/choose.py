@@ -53,7 +53,7 @@ def choose(
 
     Returns:
       the token and its log-probabilities, which never depend on the draw. Greedy rows report `logp` at temperature 1,
-      and a `processed_logp` of 0.
+      and a `processed_logp` of 0. Where no token is left, all of them forbidden, it is token 0 and NaN.
     """
     gap = transforms.gaps(logits, heat(settings))
 
@@ -67,7 +67,8 @@ def choose(
         # greedy is the draw among the best at uniform = 0, which is the first of them
         at = jnp.where(settings.temperature[:, None] == 0, 0.0, uniform)
         token, total = draw.categorical(found.gap, found.limit, at)
-        processed_logp = jnp.where(settings.temperature == 0, 0.0, logp_of(found.gap, token, total))
+        certain = (settings.temperature == 0) & (total > 0)
+        processed_logp = jnp.where(certain, 0.0, logp_of(found.gap, token, total))
         return Chosen(token, logp_of(gap, token, jnp.sum(jnp.exp(-gap), axis=-1)), processed_logp)
 
     return bent() if process or settings.forbidden.shape[1] else jax.lax.cond(is_bent(settings), bent, plain)

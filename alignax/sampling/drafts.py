@@ -21,7 +21,7 @@ Distribution = Callable[[Array, Array, Array], Array]
 class Proposal(NamedTuple):
     """The next K tokens of each row, as a draft would have them."""
 
-    tokens: Int[Array, "R K"]  # ids of the model's vocabulary
+    tokens: Int[Array, "R K"]  # ids of the model's vocabulary; -1 is no proposal, where q is None
     q: Float[Array, "R K V"] | None  # the probabilities that each was drawn from; None: they are no draws
     carry: Any  # for the next round
 

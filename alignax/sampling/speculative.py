@@ -145,7 +145,7 @@ def _each(
 def _verdicts(
     p: Float[Array, "R N V"], proposal: Proposal, keys: Array, columns: Int[Array, "R N"]
 ) -> Int[Array, " R"]:
-    """How many proposals stay: those before the first with u q(x) >= p(x)."""
+    """How many proposals stay: those before the first with u q(x) >= p(x), or that is no token."""
     if proposal.q is not None and proposal.q.shape != (expected := (*proposal.tokens.shape, p.shape[-1])):
         raise ValueError(
             f"sampling: the draft's q of shape {proposal.q.shape}; expected {expected}: rows, proposals and the "
@@ -153,7 +153,7 @@ def _verdicts(
         )
     number = jax.vmap(draw.uniforms, (None, 1), 1)(_stream(keys, _OF_VERDICTS), columns[:, :-1])[..., 0]
     under_q = 1.0 if proposal.q is None else _at(proposal.q, proposal.tokens)
-    stays = number * under_q < _at(p[:, :-1], proposal.tokens)
+    stays = (number * under_q < _at(p[:, :-1], proposal.tokens)) & (proposal.tokens >= 0)  # -1 would be the last
     return jnp.sum(jnp.cumprod(stays.astype(jnp.int32), axis=1), axis=1)
 
 
@@ -175,8 +175,7 @@ def _chosen(
         gap = transforms.gaps(logits, choose.heat(state.settings))
         return choose.logp_of(gap, token, jnp.sum(jnp.exp(-gap), axis=-1))
 
-    processed = jnp.where(state.settings.temperature[:, None] == 0, 0.0, jnp.log(_at(p, tokens)))
-    return Chosen(tokens, jax.vmap(own, 1, 1)(logits, tokens), processed)
+    return Chosen(tokens, jax.vmap(own, 1, 1)(logits, tokens), jnp.log(_at(p, tokens)))
 
 
 def _left(p: Float[Array, "R N V"], proposal: Proposal, kept: Int[Array, " R"]) -> Float[Array, "R V"]:

@@ -43,11 +43,13 @@ def gap_limit(
 def penalise(
     logits: Float[Array, "R V"], tokens: Int[Array, "R T"], columns: Int[Array, " R"], penalty: Float[Array, " R"]
 ) -> Float[Array, "R V"]:
-    """Divides the positive logits of tokens that the row holds by the penalty, and multiplies the others.
+    """Divides the positive logits of tokens that the row holds by the penalty, and multiplies the others; float32.
 
     The prompt counts. Nothing is looked up while no row has a penalty. See "CTRL: A Conditional Transformer Language
     Model for Controllable Generation", Keskar et al. (https://arxiv.org/abs/1909.05858), section 4.1.
     """
+
+    logits = logits.astype(jnp.float32)  # before the branches, which must agree in it
 
     def penalised() -> Array:
         ids = jnp.where(jnp.arange(tokens.shape[1])[None] < columns[:, None], tokens, logits.shape[1])

@@ -180,3 +180,21 @@ def test_rows_that_ask_for_nothing_pay_for_nothing():
     assert not {"while", "scan", "scatter", "cond"} & set(plain)
     assert plain.count("exp") == 2  # of all tokens, and of those of a block
     assert {"scatter", "cond"} < set(bent) and {"while", "scan"} & set(bent)
+
+
+def test_logits_may_be_of_another_dtype(key):
+    logits, tokens, columns = problem(8)
+    _, settings = per_row()
+    half = jnp.asarray(logits, jnp.bfloat16)
+    found, expected = (chosen(x, tokens, columns, key, settings) for x in (half, half.astype(jnp.float32)))
+    for leaf, other in zip(found, expected):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_row_that_may_take_no_token_says_so(key):
+    """Greedy rows too, whose log-probability is 0 where there is a choice."""
+    settings = settings_of(2, temperature=jnp.array([0.0, 1.0]), forbidden=(0, 1, 2))
+    found = chosen(jnp.zeros((2, 3)), jnp.zeros((2, 4), jnp.int32), jnp.ones(2, jnp.int32), key, settings)
+    assert np.all(np.isnan(found.processed_logp)) and found.token.tolist() == [0, 0]
+    np.testing.assert_allclose(found.logp, -np.log(3), rtol=1e-6)

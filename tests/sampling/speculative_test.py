@@ -165,6 +165,19 @@ def test_the_distribution_is_unchanged_where_a_draw_takes_two_numbers(key):
     assert_same_distribution(completions, joint(lambda row: table[row[-1]], [1], 4, PLAIN))
 
 
+def test_a_draft_may_have_no_proposal(key):
+    """-1 is not the last token of the vocabulary, which would be taken for it as often as that is drawn."""
+    none = drafts.Draft(
+        lambda *_, **__: (),
+        lambda carry, rows, count, _: drafts.Proposal(jnp.full((len(rows.ends), count), -1), None, carry),
+    )
+    table = tables()
+    sample = sampler(toys.chain(), none, draft_tokens=2, max_new_tokens=3, group=3000)
+    samples, spent = sample(*arrays(table, [[0, 3]], [2]), key)
+    assert np.all(spent.accepted == 0)
+    assert_same_distribution(np.asarray(samples.tokens)[:, 2:], joint(lambda row: table[row[-1]], [0, 3], 3, PLAIN))
+
+
 def never_the_last_but_one(logits, tokens, columns):
     last = jnp.take_along_axis(tokens, columns[:, None] - 2, axis=1)
     return jnp.where(jnp.arange(7)[None] == last, -jnp.inf, logits)
