@@ -10,14 +10,15 @@ from jaxtyping import Int
 
 from alignax.types import Array, Model, Scalar
 
+_LARGEST = np.iinfo(np.int32).max
 # name: dtype, smallest, largest, may it equal the smallest
 _RANGES = {
     "temperature": (jnp.float32, 0, np.inf, True),
-    "top_k": (jnp.int32, 0, np.inf, True),
+    "top_k": (jnp.int32, 0, _LARGEST, True),
     "top_p": (jnp.float32, 0, 1, False),
     "min_p": (jnp.float32, 0, 1, True),
     "repetition_penalty": (jnp.float32, 0, np.inf, False),
-    "max_tokens": (jnp.int32, 1, np.inf, True),
+    "max_tokens": (jnp.int32, 1, _LARGEST, True),
     "length_penalty": (jnp.float32, -np.inf, np.inf, False),
 }
 
@@ -91,6 +92,8 @@ def sequences(rows: int, value: Any) -> Int[Array, "R K L"]:
         value = padded(value)
     if value.ndim not in (2, 3) or (value.ndim == 3 and value.shape[0] != rows):
         raise ValueError(f"sampling: stop of shape {value.shape}; expected [K, L] or [{rows}, K, L]")
+    if value.shape[-2] and not value.shape[-1]:
+        raise ValueError(f"sampling: stop of shape {value.shape}; expected sequences of at least one id")
     if not isinstance(value, Tracer) and value.size:
         known = np.asarray(value)
         if np.any((known[..., 1:] < 0) & (known[..., :-1] >= 0)):
@@ -105,6 +108,8 @@ def padded(found: Any) -> Any:
     traced = any(isinstance(token, Tracer) for x in found for token in x)
     if not traced and any(token < 0 for x in found for token in x):
         raise ValueError(f"sampling: stop={found!r}; expected ids of at least 0")
+    if not traced:
+        _int32("stop", [token for x in found for token in x])
     length = max(map(len, found), default=1)
     rows = [[-1] * (length - len(x)) + list(x) for x in found]
     return jnp.array(rows, jnp.int32) if traced else np.array(rows, np.int32).reshape(len(found), length)
@@ -116,11 +121,22 @@ def _ids(name: str, value: Any) -> Array:
         if not isinstance(value, Sequence) or not _are_ints(value):
             raise TypeError(f"sampling: {name}={value!r}; expected ints, such as (2,)")
         traced = any(isinstance(x, Tracer) for x in value)  # a tuple that was handed through `jit`
+        if not traced:
+            _int32(name, value)
         value, least = jnp.stack(value) if traced else np.asarray(value, np.int32), 0
     _integers(name, value)
-    if not isinstance(value, Tracer) and np.any(np.asarray(value) < least):
-        raise ValueError(f"sampling: {name}={value}; expected ids of at least {least}")
+    if not isinstance(value, Tracer):
+        if np.any(np.asarray(value) < least):
+            raise ValueError(f"sampling: {name}={value}; expected ids of at least {least}")
+        _int32(name, value)
     return jnp.asarray(value, jnp.int32)
+
+
+def _int32(name: str, value: Any) -> None:
+    """Refuses what would wrap, or raise an error that does not say where."""
+    known = np.asarray(value) if hasattr(value, "ndim") else np.array(value, object)
+    if np.any(known > _LARGEST):
+        raise ValueError(f"sampling: {name}={value}; expected ids of at most {_LARGEST}")
 
 
 def _number(rows: int, name: str, value: Scalar) -> Array:
@@ -131,10 +147,13 @@ def _number(rows: int, name: str, value: Scalar) -> Array:
         _integers(name, value)
     if not isinstance(value, Tracer):
         known = np.asarray(value, np.float64)
+        if dtype == jnp.float32:
+            with np.errstate(over="ignore", under="ignore"):
+                known = known.astype(dtype)  # as it will be used: 1e-50 is 0, 1e39 infinite
         good = (known <= largest) & (known >= smallest if closed else known > smallest)
         if not np.all(good & np.isfinite(known)):
             expected = f"{'[' if closed else '('}{smallest}, {'infinity)' if largest == np.inf else f'{largest}]'}"
-            raise ValueError(f"sampling: {name}={value}; expected values in {expected}")
+            raise ValueError(f"sampling: {name}={value}; expected values in {expected}, {np.dtype(dtype)}")
     return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
 

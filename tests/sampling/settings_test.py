@@ -128,7 +128,7 @@ def test_numbers_of_python_compile_once_too(key):
     [
         (r"max_tokens=5; expected at most max_new_tokens=4", {"max_tokens": 5}),
         (r"max_tokens=\[1 9 1\]; expected at most max_new_tokens=4", {"max_tokens": jnp.array([1, 9, 1])}),
-        (r"max_tokens=0; expected values in \[1, infinity\)", {"max_tokens": 0}),
+        (r"max_tokens=0; expected values in \[1, 2147483647\]", {"max_tokens": 0}),
         (r"stop has -1 behind an id", {"stop": np.array([[1, -1]])}),
         (r"eos_ids=\[-2\]; expected ids of at least -1", {"eos_ids": np.array([-2])}),
         (r"top_p=0\.0; expected values in \(0, 1\]", {"top_p": 0.0}),
