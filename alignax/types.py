@@ -73,6 +73,8 @@ class Model(NamedTuple):
       `lengths` slots hold, and each goes on in `slots` of its own, addressed by the same positions. Leaves lead with B
       (what is shared) or with B * group. None: the sampler repeats the cache.
     unroll: `(params) -> params` that decoding reads faster; `hidden` and `logits` take both. None: nothing to gain.
+    rooms: `(tokens) -> (..., tokens)`, the sizes through which the own slots of a forked cache best grow; None: no such
+      steps, all slots from the start. resize: `(cache, slots) -> cache`, a forked cache with other own slots.
     """
 
     init: Callable[..., Params]
@@ -83,6 +85,8 @@ class Model(NamedTuple):
     values: Callable[[Params, Array], Array] | None = None
     fork: Callable[[Cache, Array, int, int], Cache] | None = None
     unroll: Callable[[Params], Params] | None = None
+    rooms: Callable[[int], tuple[int, ...]] | None = None
+    resize: Callable[[Cache, int], Cache] | None = None
 
 
 class Response(NamedTuple):

@@ -163,3 +163,14 @@ def write_front(cache: LayerCache, own: LayerCache) -> LayerCache:
     else:
         keys = cache.keys.at[:, :, :, :length].set(keys)
     return cache._replace(keys=keys, values=cache.values.at[:, :, :length].set(own.values.astype(keys.dtype)))
+
+
+def resized(cache: LayerCache, slots: int) -> LayerCache:
+    """The cache with empty slots behind those it has, or without its last ones."""
+    axis = 2 if isinstance(cache, SlotMajorCache) else 3
+    return type(cache)(_fitted(cache.keys, axis, slots), _fitted(cache.values, 2, slots))
+
+
+def _fitted(x: Array, axis: int, size: int) -> Array:
+    missing = [(0, max(0, size - x.shape[axis]) if at == axis else 0) for at in range(x.ndim)]
+    return jax.lax.slice_in_dim(jnp.pad(x, missing), 0, size, axis=axis)

@@ -39,7 +39,7 @@ def with_score(model: Model) -> Model:
     def unroll(params: Params) -> Params:
         return params | {"backbone": model.unroll(_part(params, "backbone"))} if model.unroll else params
 
-    return Model(init, hidden, logits, model.init_cache, model.config, values, model.fork, unroll)
+    return model._replace(init=init, hidden=hidden, logits=logits, values=values, unroll=unroll)
 
 
 def add_score(model: Model, params: Params, key: Array | None = None, *, keep_head: bool = False) -> Params:

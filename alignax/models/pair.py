@@ -75,12 +75,21 @@ def pair(what: str, members: Mapping[str, Model], numbers: Mapping[str, Scalar],
 
     config = min((first, second), key=_context).config
     can_unroll = first.unroll or second.unroll
-    return Model(init, hidden, logits, init_cache, config, fork=_fork(first, second), unroll=can_unroll and unroll)
+    return Model(
+        init,
+        hidden,
+        logits,
+        init_cache,
+        config,
+        fork=_both(first.fork, second.fork),
+        unroll=can_unroll and unroll,
+        rooms=first.rooms,
+        resize=_both(first.resize, second.resize),
+    )
 
 
-def _fork(first: Model, second: Model) -> Callable | None:
-    """`Model.fork` for the caches of both, None unless both can."""
-    one, two = first.fork, second.fork
+def _both(one: Callable | None, two: Callable | None) -> Callable | None:
+    """A function of a cache for the caches of both, None unless both have it."""
     return one and two and (lambda caches, *args: (one(caches[0], *args), two(caches[1], *args)))
 
 

@@ -103,9 +103,9 @@ def transformer(config: TransformerConfig) -> Model:
         scores = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
         return capped(scores, config.logit_softcap)
 
-    of_config = (partial(function, config) for function in (decoding.init_cache, decoding.fork, decoding.unroll))
-    init_cache, fork, unroll = of_config
-    return Model(init, hidden, logits, init_cache, config, fork=fork, unroll=unroll)
+    names = ("init_cache", "fork", "unroll", "rooms", "resize")
+    cached = {name: partial(getattr(decoding, name), config) for name in names}
+    return Model(init=init, hidden=hidden, logits=logits, config=config, **cached)
 
 
 def _embed(config: TransformerConfig, params: Params, tokens: Array, positions: Array) -> Array:

@@ -30,25 +30,27 @@ from alignax.types import Array, Model, Params
 
 
 class Engine(NamedTuple):
-    """What `serve` runs, compiled: `enter` once for each bucket, the others once. States are donated."""
+    """What `serve` runs, compiled: `prefill` once for each bucket, `insert` and `block` once for each room."""
 
     unroll: Callable  # (params) -> params for `block`
     empty: Callable  # (params, key, Settings of one row) -> State without prompts
-    enter: Callable  # (params, State, key, Entering) -> State
-    block: Callable  # (params, State) -> State, (done [S], Samples)
+    prefill: Callable  # (params, key, Entering) -> State of E prompts
+    insert: Callable  # (State, that of E prompts, slots [E]) -> State; donates the first
+    resize: Callable  # (State, room) -> State whose rows have so many slots of their own
+    block: Callable  # (params, State) -> State, (done [S], Samples); donates
     slots: int
     group: int
     entering: int
+    steps: int  # of a block
     buckets: tuple[int, ...]
-    max_new_tokens: int
+    rooms: tuple[int, ...]  # the last is max_new_tokens
 
 
 class Entering(NamedTuple):
-    """Prompts on their way into slots; a slot that does not exist drops its prompt."""
+    """Prompts on their way into slots."""
 
     prompts: Any  # [E, P]
     lengths: Any  # [E]
-    slots: Any  # [E]
     row_ids: Any  # [E * group]
     settings: Settings  # of E * group rows
 
@@ -97,14 +99,15 @@ def make_engine(
     checks.static(**{f"buckets[{i}]": width for i, width in enumerate(buckets)})
     buckets = tuple(sorted(buckets))
     checks.context(model, buckets[-1], max_new_tokens)
-    sizes = {"group": group, "slots": max_new_tokens, "width": buckets[-1]}
+    rooms = loop.rooms(model, max_new_tokens)
+    sizes = {"group": group, "slots": max_new_tokens, "width": buckets[-1], "room": rooms[0]}
 
-    def begin(params: Params, key: Array, entering: Entering) -> loop.State:
+    def prefill(params: Params, key: Array, entering: Entering) -> loop.State:
         keys = draw.row_keys(key, entering.row_ids)
         return start(model, params, entering.prompts, entering.lengths, keys, entering.settings, **sizes)
 
     def empty(params: Params, key: Array, settings: Settings) -> loop.State:
-        shapes = jax.eval_shape(begin, params, key, _nobody(slots, buckets[-1], group, settings))
+        shapes = jax.eval_shape(prefill, params, key, _nobody(slots, buckets[-1], group, settings))
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes._replace(keys=None, settings=None))
         rows, ones = slots * group, jnp.ones(slots * group, jnp.int32)
         return state._replace(
@@ -115,14 +118,19 @@ def make_engine(
             stopped=jnp.ones(rows, bool),
         )
 
-    def enter(params: Params, state: loop.State, key: Array, entering: Entering) -> loop.State:
-        rows = (entering.slots[:, None] * group + jnp.arange(group)[None]).reshape(-1)
-        count = len(entering.slots)
+    def insert(state: loop.State, new: loop.State, where: Array) -> loop.State:
+        rows = (where[:, None] * group + jnp.arange(group)[None]).reshape(-1)
 
         def put(whole: Array, part: Array) -> Array:
-            return whole.at[entering.slots if len(part) == count else rows].set(part, mode="drop")
+            if part.shape[1:] != whole.shape[1:]:
+                return whole  # slots of its own: a new row has nothing in them, and sees none before it writes it
+            return whole.at[where if len(part) == len(where) else rows].set(part, mode="drop")
 
-        return jax.tree.map(put, state, begin(params, key, entering))
+        return jax.tree.map(put, state, new)
+
+    def resize(state: loop.State, room: int) -> loop.State:
+        assert model.resize is not None  # there are several rooms
+        return state._replace(cache=model.resize(state.cache, room))
 
     def step(params: Params, state: loop.State) -> tuple[loop.State, tuple[Array, Samples]]:
         state = loop.decode(model, params, state, steps=block, process=process)
@@ -133,13 +141,16 @@ def make_engine(
     return Engine(
         jax.jit(partial(loop.unrolled, model)),
         lambda *args: place(empty_rows(*args)),
-        jax.jit(enter, donate_argnums=1),
+        jax.jit(prefill),
+        jax.jit(insert, donate_argnums=0),
+        jax.jit(resize, static_argnums=1),
         jax.jit(step, donate_argnums=1),
         slots,
         group,
         entering,
+        block,
         buckets,
-        max_new_tokens,
+        rooms,
     )
 
 
@@ -179,13 +190,14 @@ def serve(
         raise ValueError(f"sampling: a prompt of {lengths.max()} tokens; expected at most {engine.buckets[-1]}")
     row_ids = np.arange(count * group, dtype=np.int32) if row_ids is None else np.asarray(row_ids, np.int32)
     settings = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in settings.items()}
-    asked = to_host(Settings.make(count * group, max_new_tokens=engine.max_new_tokens, **settings))
+    asked = to_host(Settings.make(count * group, max_new_tokens=engine.rooms[-1], **settings))
     ids: dict[str, Any] = {
         name: jnp.full(getattr(asked, name).shape[1:], -1) for name in ("eos_ids", "forbidden", "stop")
     }
+    budget = asked.max_tokens.reshape(count, group).max(axis=1)
     idle = Settings.make(1, max_new_tokens=1, **ids)  # bends nothing beside it
     state = engine.empty(params, key, idle)
-    return _serve(engine, params, key, state, _Queue(prompts, lengths, row_ids, asked))
+    return _serve(engine, params, key, state, _Queue(prompts, lengths, row_ids, asked, budget))
 
 
 def collect(served: Iterator[Served]) -> Samples:
@@ -206,16 +218,25 @@ class _Queue(NamedTuple):
     lengths: np.ndarray
     row_ids: np.ndarray
     settings: Settings
+    budget: np.ndarray  # [N], the most tokens of any row of a prompt
 
 
 def _serve(engine: Engine, params: Params, key: Array, state: Any, queue: _Queue) -> Iterator[Served]:
     decoding, waiting = engine.unroll(params), deque(range(len(queue.prompts)))
     inside, free, unread = {}, deque(range(engine.slots)), None
+    room, ages = engine.rooms[0], np.zeros(engine.slots, int)  # ages: the tokens that a slot's rows may have
     while waiting or inside:
         while waiting and len(free) >= min(engine.entering, len(waiting), engine.slots):
             taken = [(free.popleft(), waiting.popleft()) for _ in range(min(engine.entering, len(free), len(waiting)))]
             inside |= dict(taken)
-            state = engine.enter(params, state, key, jax.device_put(_entering(engine, queue, taken)))
+            ages[[slot for slot, _ in taken]] = 0
+            new, where = jax.device_put(_entering(engine, queue, taken))
+            state = engine.insert(state, engine.prefill(params, key, new), where)
+        ages += engine.steps
+        tokens = max(min(int(ages[slot]), int(queue.budget[index])) for slot, index in inside.items())
+        wanted = next(room for room in engine.rooms if room >= tokens)
+        if wanted > room or wanted <= room // 2:
+            room, state = wanted, engine.resize(state, wanted)
         state, report = engine.block(decoding, state)
         jax.tree.map(lambda x: x.copy_to_host_async(), report)
         for slot, index, rows in _finished(engine, unread):
@@ -236,8 +257,11 @@ def _finished(engine: Engine, unread: tuple | None) -> Iterator[tuple[int, int, 
             yield slot, inside[slot], Samples(*(x[own] for x in rows))
 
 
-def _entering(engine: Engine, queue: _Queue, taken: list[tuple[int, int]]) -> Entering:
-    """The prompts of `taken`, pairs of slot and index, filled up to the engine's number with the last of them."""
+def _entering(engine: Engine, queue: _Queue, taken: list[tuple[int, int]]) -> tuple[Entering, np.ndarray]:
+    """The prompts of `taken`, pairs of slot and index, filled up to the engine's number, and the slots they go to.
+
+    What fills up is the last of them once more, for a slot that does not exist: it is dropped.
+    """
     slots, indices = (np.array(x, np.int32) for x in zip(*taken))
     missing = engine.entering - len(taken)
     indices = np.pad(indices, (0, missing), mode="edge")
@@ -245,17 +269,14 @@ def _entering(engine: Engine, queue: _Queue, taken: list[tuple[int, int]]) -> En
     width = next(bucket for bucket in engine.buckets if bucket >= longest)
     prompts = np.pad(queue.prompts[indices, :width], ((0, 0), (0, max(0, width - queue.prompts.shape[1]))))
     rows = (indices[:, None] * engine.group + np.arange(engine.group)).reshape(-1)
-    return Entering(
-        prompts.astype(np.int32),
-        queue.lengths[indices].astype(np.int32),
-        np.pad(slots, (0, missing), constant_values=engine.slots),
-        queue.row_ids[rows],
-        jax.tree.map(lambda x: x[rows], queue.settings),
-    )
+    settings = jax.tree.map(lambda x: x[rows], queue.settings)
+    lengths = queue.lengths[indices].astype(np.int32)
+    entering = Entering(prompts.astype(np.int32), lengths, queue.row_ids[rows], settings)
+    return entering, np.pad(slots, (0, missing), constant_values=engine.slots)
 
 
 def _nobody(slots: int, width: int, group: int, settings: Settings) -> Entering:
     """Shapes of an engine full of prompts."""
     ids = jnp.zeros(slots, jnp.int32)
     rows = jax.tree.map(lambda x: jnp.repeat(x, slots * group, axis=0), settings)
-    return Entering(jnp.zeros((slots, width), jnp.int32), ids, ids, jnp.repeat(ids, group), rows)
+    return Entering(jnp.zeros((slots, width), jnp.int32), ids, jnp.repeat(ids, group), rows)

@@ -112,8 +112,9 @@ def generate(
     )
     row_ids = jnp.arange(batch * group, dtype=jnp.int32) if row_ids is None else row_ids
     keys = draw.row_keys(key, row_ids)
-    state = start(model, params, prompts, lengths, keys, settings, group=group, slots=max_new_tokens)
-    state = loop.decode(model, loop.unrolled(model, params), state, steps=max_new_tokens, process=process)
+    rooms, sizes = loop.rooms(model, max_new_tokens), {"group": group, "slots": max_new_tokens}
+    state = start(model, params, prompts, lengths, keys, settings, room=rooms[0], **sizes)
+    state = loop.decode(model, loop.unrolled(model, params), state, steps=max_new_tokens, rooms=rooms, process=process)
     return samples(state, jnp.repeat((lengths >= 1) & (lengths <= width), group))
 
 
@@ -128,12 +129,16 @@ def start(
     group: int,
     slots: int,
     width: int | None = None,
+    room: int | None = None,
 ) -> loop.State:
-    """Rows that hold their prompts and nothing else, with room for prompts of `width` (None: P) and `slots` tokens."""
+    """Rows that hold their prompts and nothing else, with room for prompts of `width` (None: P) and `slots` tokens.
+
+    room: the slots that the cache has for a start, where it can grow; None: all.
+    """
     rows, given = len(settings.temperature), prompts.shape[1]
     width = given if width is None else width
     lengths = jnp.clip(lengths.astype(jnp.int32), 1, given)
-    cache = loop.prefill(model, params, prompts, lengths, group=group, slots=slots, width=width)
+    cache = loop.prefill(model, params, prompts, lengths, group=group, slots=room or slots, width=width)
     kept = jnp.where(jnp.arange(given)[None] < lengths[:, None], prompts.astype(jnp.int32), 0)
     tokens = jnp.repeat(jnp.pad(kept, ((0, 0), (0, width + slots - given))), group, axis=0)
     starts = jnp.repeat(lengths, group)

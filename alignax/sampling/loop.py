@@ -6,6 +6,7 @@ share the cache of all its tokens but that one. A row that is done feeds its las
 or to none: it changes nothing.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -64,18 +65,32 @@ def prefill(
     return model.fork(cache, lengths - 1, group, slots)
 
 
-def decode(model: Model, params: Params, state: State, *, steps: int, process: tuple[Process, ...] = ()) -> State:
+def rooms(model: Model, tokens: int) -> tuple[int, ...]:
+    """The sizes through which the rows' own slots grow on the way to so many new tokens."""
+    return (tokens,) if model.rooms is None or model.resize is None else model.rooms(tokens)
+
+
+def decode(
+    model: Model,
+    params: Params,
+    state: State,
+    *,
+    steps: int,
+    rooms: tuple[int, ...] = (),
+    process: tuple[Process, ...] = (),
+) -> State:
     """Fills rows until all are done, by at most `steps` tokens each.
 
-    params: as `Model.unroll` has them.
+    params: as `Model.unroll` has them. rooms: where rows are new, the sizes through which their own slots grow; a loop
+    is compiled for each.
     """
     # all numbers at once: a generator is many small operations, and a row that is not done is at its `ends` + count
     columns = state.ends[None] + jnp.arange(steps)[:, None]
     numbers = jax.vmap(draw.uniforms, (None, 0))(state.keys, columns)
 
-    def unfinished(carry):
+    def unfinished(room, carry):
         count, state = carry
-        return (count < steps) & ~jnp.all(state.done)
+        return (count < room) & ~jnp.all(state.done)
 
     def step(carry):
         count, state = carry
@@ -84,7 +99,12 @@ def decode(model: Model, params: Params, state: State, *, steps: int, process: t
         chosen = choose(logits, state.tokens, state.ends, uniform=uniform, settings=state.settings, process=process)
         return count + 1, append(state, chosen)
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    count = jnp.int32(0)
+    for room in rooms or (steps,):
+        if len(rooms) > 1 and model.resize is not None:
+            state = state._replace(cache=model.resize(state.cache, room))
+        count, state = jax.lax.while_loop(partial(unfinished, room), step, (count, state))
+    return state
 
 
 def unrolled(model: Model, params: Params) -> Params:

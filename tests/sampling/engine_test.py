@@ -1,5 +1,6 @@
 """The slot engine against `generate`; nothing lost, nothing twice, nothing waited for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,12 @@ def llama():
     )
     model = transformer(config)
     return model, model.init(jax.random.key(1))
+
+
+@functools.cache
+def long_llama():
+    model, params = llama()
+    return transformer(dataclasses.replace(model.config, max_positions=96)), params
 
 
 @functools.cache
@@ -94,6 +101,24 @@ def test_a_sample_is_the_same_in_any_slot(group, key):
     assert len(set(first.lengths.tolist())) > 4
 
 
+def test_room_for_long_rows_only_while_there_are_any(key):
+    """Own slots grow and shrink between blocks: neither tokens nor the number of programs depend on what is inside."""
+    model, params = long_llama()
+    prompts, lengths = ragged(11, 32)
+    budgets = np.array([4, 76, 5, 30, 6, 3, 60, 2, 7, 5, 20])
+    engine = sampling.make_engine(model, slots=3, buckets=(5,), max_new_tokens=76, block=5, entering=1)
+    assert engine.rooms == (19, 38, 57, 76)
+    rooms = []
+    noted = engine._replace(resize=lambda state, room: (rooms.append(room), engine.resize(state, room))[1])
+    found = sampling.collect(sampling.serve(noted, params, prompts, lengths, key, max_tokens=budgets))
+    assert {38, 57, 76} <= set(rooms) and rooms != sorted(rooms)
+    assert engine.block._cache_size() <= 4 and engine.prefill._cache_size() == 1
+    whole = jax.jit(functools.partial(generate, model._replace(rooms=None), max_new_tokens=76))
+    whole = whole(params, jnp.asarray(prompts), jnp.asarray(lengths), key, max_tokens=jnp.asarray(budgets))
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.logp, whole.logp, rtol=0, atol=1e-5)
+
+
 def test_ten_thousand_prompts_through_sixteen_slots(key):
     model, params = counting()
     rng = np.random.default_rng(0)
@@ -130,7 +155,7 @@ def test_nothing_compiles_anew(key):
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "eos_ids": (int(10 * temperature),)}
         list(sampling.serve(engine, params, prompts, lengths, key, **settings))
     assert engine.block._cache_size() == 1
-    assert engine.enter._cache_size() == 2  # one for each bucket
+    assert engine.prefill._cache_size() == 2  # one for each bucket
 
 
 def test_stop_sequences_across_blocks(key):

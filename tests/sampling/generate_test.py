@@ -470,3 +470,18 @@ def test_a_config_of_the_users_own_is_no_obstacle():
     prompts = jnp.ones((1, 1), jnp.int32)
     samples = generate(model, jnp.zeros((5, 5)), prompts, jnp.array([1]), jax.random.key(0), max_new_tokens=1)
     assert samples.tokens.shape == (1, 2)
+
+
+def test_slots_that_grow_change_nothing(key):
+    """From 64 new tokens on a row's own slots grow by quarters, a loop for each."""
+    model, params, _ = llama()
+    model = transformer(dataclasses.replace(model.config, max_positions=96))
+    assert model.rooms(63) == (63,) and model.rooms(70) == (18, 35, 53, 70)
+    prompts, lengths = arrays(np.clip(PROMPTS, 0, 6), LENGTHS)
+    for count, settings in ((70, {"eos_ids": (99,)}), (70, {"max_tokens": jnp.array([20] * 5 + [70])})):
+        static = {"max_new_tokens": count, "group": 2}
+        growing = sampler(model, **static)(params, prompts, lengths, key, **settings)
+        whole = sampler(model._replace(rooms=None), **static)(params, prompts, lengths, key, **settings)
+        np.testing.assert_array_equal(growing.tokens, whole.tokens)
+        np.testing.assert_array_equal(growing.lengths, whole.lengths)
+        np.testing.assert_allclose(growing.logp, whole.logp, rtol=0, atol=1e-5)
