@@ -46,7 +46,7 @@ class Options:
     min_p: float = 0.0
     """Sample only tokens at least this many times as likely as the best one; 0 is off."""
     stop: tuple[str, ...] = ()
-    """Texts or special tokens that end a completion and stay in it; texts as they are spelled behind other text."""
+    """Texts or special tokens that end a completion and stay in it; a line end is $'\\n' in a shell."""
     rollout_bfloat16: bool = False
     """Sample in bfloat16, from weights cast once a rollout; what is trained stays as it is."""
     save_rollouts: bool = False
@@ -229,17 +229,24 @@ def rows_at_once(config: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, stops: Sequence[str], most: int) -> list[list[int]]:
-    """The ids of each text, as the tokenizer spells it behind a letter or a line end; of a special token its own id.
+    """The ids that may spell each text: behind a letter, a full stop, a quote, a space or a line end, or in one token.
+
+    A tokenizer spells a text differently by what stands around it, so that one spelling would miss most of them. Those
+    that begin inside of one token and end in another are still missed. A special token is its own id.
 
     Raises:
       ValueError: for a text of more than `most` tokens, which would stop nothing.
     """
     special = {str(token): index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = [[special[stop]] if stop in special else encode_texts(tokenizer, "a", stop)[1] for stop in stops]
-    for stop, ids in zip(stops, found):
-        if len(ids) > most:
-            raise ValueError(f"stop {stop!r} has {len(ids)} tokens; expected at most max_new_tokens={most}")
-    return found
+    pieces = [tokenizer.decode([index]) for index in range(len(tokenizer))] if set(stops) - set(special) else []
+    found = [[special[stop]] for stop in stops if stop in special]
+    for stop in (stop for stop in stops if stop not in special):
+        spelled = [encode_texts(tokenizer, before, stop)[1] for before in ("a", ".", '"', " ", "\n")]
+        if min(map(len, spelled)) > most:
+            raise ValueError(f"stop {stop!r} has {len(spelled[0])} tokens; expected at most max_new_tokens={most}")
+        found += [ids for ids in spelled if len(ids) <= most]
+        found += [[index] for index, piece in enumerate(pieces) if stop in piece]
+    return [list(ids) for ids in dict.fromkeys(map(tuple, found))]
 
 
 def make_sample(config: Any, loaded: hf.Loaded, *, group: int = 1, mixed: bool = False) -> Callable:

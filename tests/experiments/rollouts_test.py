@@ -11,6 +11,7 @@ import online_preference
 import ppo
 import pytest
 import rollouts
+from transformers import AutoTokenizer
 
 from alignax import data, sampling
 from alignax.io import hf
@@ -79,6 +80,15 @@ def test_stops_are_spelled_by_the_tokenizer(tiny_folder):
     assert special == [[loaded.tokenizer.pad_token_id], [loaded.tokenizer.eos_token_id]]
     with pytest.raises(ValueError, match="stop 'abc' has 3 tokens; expected at most max_new_tokens=2"):
         rollouts.stop_ids(loaded.tokenizer, ("a", "abc"), 2)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral"])
+def test_stops_are_found_as_text_spells_them(shared, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tokenizers" / name)
+    for stop, text in (("END", "THE END"), ('"', 'said "hi." ok'), ("}", "{ x };"), ("\n\n", "It is so.\n\nThe next")):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        spelled = rollouts.stop_ids(tokenizer, (stop,), 4)
+        assert any(ids[i : i + len(one)] == one for one in spelled for i in range(len(ids))), (stop, text)
 
 
 OWN = [(grpo, {"reward": "last_number"}), (ppo, {"reward": "last_number", "critic": "policy"})]

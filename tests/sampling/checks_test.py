@@ -133,6 +133,14 @@ def test_numbers_are_spread_over_the_rows():
     assert [str(x.dtype) for x in found[:6]] == ["float32", "int32", "float32", "float32", "float32", "int32"]
 
 
+@pytest.mark.parametrize("row_id", [2**32 + 7, 2**31, -(2**31) - 1])
+def test_refuses_row_ids_that_would_wrap(row_id):
+    prompts, lengths = jnp.asarray(PROMPTS), jnp.array([3, 1])
+    checks.prompts(prompts, lengths, np.array([-(2**31), 2**31 - 1]), group=1)
+    with pytest.raises(ValueError, match=rf"row_ids\[1\]={row_id}; expected an int32"):
+        checks.prompts(prompts, lengths, np.array([7, row_id]), group=1)
+
+
 def test_refuses_while_tracing_and_leaves_traced_values_alone():
     sample = functools.partial(generate, toys.chain(), max_new_tokens=2)
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((5, 5), jnp.float32), ((2, 3), jnp.int32), ((2,), jnp.int32))]
