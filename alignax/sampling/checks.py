@@ -51,6 +51,10 @@ def prompts(prompts: Any, lengths: Any, row_ids: Any, *, group: int) -> None:
             f"sampling: row_ids of shape {row_ids.shape} for {batch} prompts in groups of {group}; "
             f"expected ({batch * group},)"
         )
+    if row_ids.dtype.itemsize > 4 and not isinstance(row_ids, Tracer):
+        known = np.asarray(row_ids)  # of hashes, say: cut to 32 bits two of them could become one
+        for row in np.flatnonzero((known > _LARGEST) | (known < -_LARGEST - 1))[:1]:
+            raise ValueError(f"sampling: row_ids[{row}]={known[row]}; expected an int32")
 
 
 def context(model: Model, width: int, max_new_tokens: int) -> None:
