@@ -229,7 +229,7 @@ def rows_at_once(config: Any) -> int:
 
 
 def stop_ids(tokenizer: Any, stops: Sequence[str], most: int) -> list[list[int]]:
-    """The ids that may spell each text: behind a letter, a full stop, a quote, a space or a line end, or in one token.
+    """The ids that may spell each text: at the end or before a letter, behind one of several signs, or in one token.
 
     A tokenizer spells a text differently by what stands around it, so that one spelling would miss most of them. Those
     that begin inside of one token and end in another are still missed. A special token is its own id.
@@ -242,6 +242,8 @@ def stop_ids(tokenizer: Any, stops: Sequence[str], most: int) -> list[list[int]]
     found = [[special[stop]] for stop in stops if stop in special]
     for stop in (stop for stop in stops if stop not in special):
         spelled = [encode_texts(tokenizer, before, stop)[1] for before in ("a", ".", '"', " ", "\n")]
+        *inside, letter = encode_texts(tokenizer, "a", stop + "a")[1]
+        spelled += [inside] if inside and pieces[letter] == "a" else []
         if min(map(len, spelled)) > most:
             raise ValueError(f"stop {stop!r} has {len(spelled[0])} tokens; expected at most max_new_tokens={most}")
         found += [ids for ids in spelled if len(ids) <= most]

@@ -82,9 +82,8 @@ def test_stops_are_spelled_by_the_tokenizer(tiny_folder):
         rollouts.stop_ids(loaded.tokenizer, ("a", "abc"), 2)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mistral"])
-def test_stops_are_found_as_text_spells_them(shared, name):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tokenizers" / name)
+def test_stops_are_found_as_text_spells_them(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "tokenizers" / "gpt2")
     for stop, text in (("END", "THE END"), ('"', 'said "hi." ok'), ("}", "{ x };"), ("\n\n", "It is so.\n\nThe next")):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         spelled = rollouts.stop_ids(tokenizer, (stop,), 4)
