@@ -67,6 +67,17 @@ def context(model: Model, width: int, max_new_tokens: int) -> None:
         )
 
 
+def vocabulary(model: Model, prompts: Any, lengths: Any) -> None:
+    """Checks that ids are known to the model, where they are known here and it says which it knows."""
+    size = getattr(model.config, "vocab_size", None)
+    if size is None or isinstance(prompts, Tracer) or isinstance(lengths, Tracer):
+        return
+    ids = np.asarray(prompts)
+    inside = np.arange(ids.shape[1])[None] < np.asarray(lengths)[:, None]
+    for row, column in np.argwhere(inside & ((ids < 0) | (ids >= size)))[:1]:
+        raise ValueError(f"sampling: prompts[{row}, {column}]={ids[row, column]}; expected ids of 0 to {size - 1}")
+
+
 def numbers(rows: int, **values: Scalar) -> list[Array]:
     """Checks numbers by name, and spreads each over the rows."""
     return [_number(rows, name, value) for name, value in values.items()]

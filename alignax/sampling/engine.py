@@ -32,6 +32,7 @@ from alignax.types import Array, Model, Params
 class Engine(NamedTuple):
     """What `serve` runs, compiled: `prefill` once for each bucket, `insert` and `block` once for each room."""
 
+    check: Callable  # (prompts, lengths) -> None; raises
     unroll: Callable  # (params) -> params for `block`
     empty: Callable  # (params, key, Settings of one row) -> State without prompts
     prefill: Callable  # (params, key, Entering) -> State of E prompts
@@ -97,7 +98,7 @@ def make_engine(
     if not buckets:
         raise ValueError("sampling: no buckets; expected at least one width of prompts")
     checks.static(**{f"buckets[{i}]": width for i, width in enumerate(buckets)})
-    buckets = tuple(sorted(buckets))
+    buckets = tuple(sorted(set(buckets)))
     checks.context(model, buckets[-1], max_new_tokens)
     rooms = loop.rooms(model, max_new_tokens)
     sizes = {"group": group, "slots": max_new_tokens, "width": buckets[-1], "room": rooms[0]}
@@ -118,15 +119,15 @@ def make_engine(
             stopped=jnp.ones(rows, bool),
         )
 
-    def insert(state: loop.State, new: loop.State, where: Array) -> loop.State:
+    def insert(state: loop.State, entering: loop.State, where: Array) -> loop.State:
         rows = (where[:, None] * group + jnp.arange(group)[None]).reshape(-1)
 
         def put(whole: Array, part: Array) -> Array:
-            if part.shape[1:] != whole.shape[1:]:
-                return whole  # slots of its own: a new row has nothing in them, and sees none before it writes it
-            return whole.at[where if len(part) == len(where) else rows].set(part, mode="drop")
+            # Slots of its own, of which there may be more by now: empty, since even unseen a NaN would spoil the row.
+            new = part if part.shape[1:] == whole.shape[1:] else 0
+            return whole.at[where if len(part) == len(where) else rows].set(new, mode="drop")
 
-        return jax.tree.map(put, state, new)
+        return jax.tree.map(put, state, entering)
 
     def resize(state: loop.State, room: int) -> loop.State:
         assert model.resize is not None  # there are several rooms
@@ -139,6 +140,7 @@ def make_engine(
 
     empty_rows = jax.jit(empty)
     return Engine(
+        partial(checks.vocabulary, model),
         jax.jit(partial(loop.unrolled, model)),
         lambda *args: place(empty_rows(*args)),
         jax.jit(prefill),
@@ -186,6 +188,7 @@ def serve(
     prompts, lengths = np.asarray(prompts), np.asarray(lengths)
     count, group = len(prompts), engine.group
     checks.prompts(prompts, lengths, None if row_ids is None else np.asarray(row_ids), group=group)
+    engine.check(prompts, lengths)
     if lengths.max() > engine.buckets[-1]:
         raise ValueError(f"sampling: a prompt of {lengths.max()} tokens; expected at most {engine.buckets[-1]}")
     row_ids = np.arange(count * group, dtype=np.int32) if row_ids is None else np.asarray(row_ids, np.int32)
@@ -203,6 +206,10 @@ def serve(
 def collect(served: Iterator[Served]) -> Samples:
     """All rows in the order of the prompts, as `generate` gives them: numpy arrays `[N * group, T]`."""
     rows = [found.samples for found in sorted(served, key=lambda found: found.place)]
+    if not rows:
+        raise ValueError(
+            "sampling: nothing to collect; expected what `serve` yields, before anything was taken from it"
+        )
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 
@@ -234,7 +241,7 @@ def _serve(engine: Engine, params: Params, key: Array, state: Any, queue: _Queue
             state = engine.insert(state, engine.prefill(params, key, new), where)
         ages += engine.steps
         tokens = max(min(int(ages[slot]), int(queue.budget[index])) for slot, index in inside.items())
-        wanted = next(room for room in engine.rooms if room >= tokens)
+        wanted = next(enough for enough in engine.rooms if enough >= tokens)
         if wanted > room or wanted <= room // 2:
             room, state = wanted, engine.resize(state, wanted)
         state, report = engine.block(decoding, state)

@@ -80,7 +80,8 @@ def generate(
       min_p: keeps tokens at least this many times as likely as the best one, in [0, 1]; 0 is off.
       repetition_penalty: makes tokens that the row holds less likely, prompt included; 1 is off.
       max_tokens: of each completion, 1 to max_new_tokens; None: max_new_tokens.
-      forbidden: tokens that are never chosen, given as `eos_ids` are.
+      forbidden: tokens that are never chosen, given as `eos_ids` are. A row that may choose none at all gets token 0
+        and a processed_logp of NaN.
       stop: sequences of ids that end a completion and stay in it: `((13, 13), (7,))` for all rows, or an array [K, L]
         or [R, K, L] with -1 before each sequence.
       process: functions `(logits [R, V], tokens [R, T], columns [R]) -> logits [R, V]`, applied in order before the
@@ -97,6 +98,7 @@ def generate(
     checks.prompts(prompts, lengths, row_ids, group=group)
     batch, width = prompts.shape
     checks.context(model, width, max_new_tokens)
+    checks.vocabulary(model, prompts, lengths)
     settings = Settings.make(
         batch * group,
         max_new_tokens=max_new_tokens,

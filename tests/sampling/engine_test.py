@@ -119,6 +119,16 @@ def test_room_for_long_rows_only_while_there_are_any(key):
     np.testing.assert_allclose(found.logp, whole.logp, rtol=0, atol=1e-5)
 
 
+def test_a_row_that_went_wrong_spoils_none_that_comes_after_it(key):
+    model, params = long_llama()
+    params = params | {"embed": {"embedding": params["embed"]["embedding"].at[7].set(jnp.nan)}}
+    engine = sampling.make_engine(model, slots=2, buckets=(3,), max_new_tokens=76, block=16, entering=1)
+    prompts, budgets = np.array([[1, 7, 2], [1, 2, 3], [4, 5, 6]]), np.array([40, 76, 4])
+    ends = {"max_tokens": budgets, "forbidden": (7,)}
+    found = sampling.collect(sampling.serve(engine, params, prompts, np.full(3, 3), key, **ends))
+    assert np.isnan(found.logp).sum(axis=1).tolist() == [40, 0, 0]
+
+
 def test_ten_thousand_prompts_through_sixteen_slots(key):
     model, params = counting()
     rng = np.random.default_rng(0)
@@ -186,6 +196,7 @@ def test_one_token_each_and_a_consumer_that_leaves_early(key):
         (ValueError, r"lengths\[1\]=0.*empty prompt", {"lengths": np.array([1, 0])}),
         (ValueError, r"a prompt of 6 tokens; expected at most 5", {"lengths": np.array([6, 1])}),
         (TypeError, r"prompts of dtype float32; expected integers", {"prompts": np.ones((2, 6))}),
+        (ValueError, r"prompts\[1, 0\]=32; expected ids of 0 to 31", {"prompts": np.array([[1, 99], [32, 1]])}),
         (ValueError, r"row_ids of shape \(3,\)", {"row_ids": np.arange(3)}),
         (ValueError, r"top_p=0\.0", {"top_p": 0.0}),
         (ValueError, r"max_tokens=.*; expected at most max_new_tokens=9", {"max_tokens": 10}),
@@ -193,10 +204,15 @@ def test_one_token_each_and_a_consumer_that_leaves_early(key):
     ],
 )
 def test_refuses_before_the_first_block(error, message, change, key):
-    model, params = counting()
+    model, params = llama()
     asked = {"prompts": np.ones((2, 6), int), "lengths": np.array([1, 2])} | change
     with pytest.raises(error, match=message):
         sampling.serve(made(model), params, asked.pop("prompts"), asked.pop("lengths"), key, **asked)
+
+
+def test_nothing_to_collect_is_no_empty_result():
+    with pytest.raises(ValueError, match="nothing to collect"):
+        sampling.collect(iter(()))
 
 
 @pytest.mark.parametrize(
