@@ -70,6 +70,11 @@ def unroll(config: TransformerConfig, params: Params) -> Params:
     return params | {"layers": [layer(params["layers"], index) for index in range(config.num_layers)]}
 
 
+def is_unrolled(params: Params) -> bool:
+    """Whether these are what `unroll` returns."""
+    return isinstance(params["layers"], list)
+
+
 def extend(
     config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache
 ) -> tuple[Array, Cache, dict[str, Array]]:

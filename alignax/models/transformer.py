@@ -85,7 +85,7 @@ def transformer(config: TransformerConfig) -> Model:
         if positions is None:
             positions = _in_order(tokens) if prefill else segment_positions(segments, parents)
         x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
-        if cache is None or prefill:
+        if cache is None or (prefill and not decoding.is_unrolled(params)):
             visible = views.up_to(positions, tokens.shape[1]) if prefill else segment_visibility(segments, parents)
             seen = views.of_kinds(config, positions, positions, visible)
             blocks = scanned(config, keep=prefill)

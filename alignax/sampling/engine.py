@@ -33,7 +33,9 @@ class Engine(NamedTuple):
     """What `serve` runs, compiled: `prefill` once for each bucket, `insert` and `block` once for each room."""
 
     check: Callable  # (prompts, lengths) -> None; raises
-    unroll: Callable  # (params) -> params for `block`
+    unroll: (
+        Callable  # (params) -> params for `prefill` and `block`: a slice of what is stacked would be copied each time
+    )
     empty: Callable  # (params, key, Settings of one row) -> State without prompts
     prefill: Callable  # (params, key, Entering) -> State of E prompts
     insert: Callable  # (State, that of E prompts, slots [E]) -> State; donates the first
@@ -229,7 +231,7 @@ class _Queue(NamedTuple):
 
 
 def _serve(engine: Engine, params: Params, key: Array, state: Any, queue: _Queue) -> Iterator[Served]:
-    decoding, waiting = engine.unroll(params), deque(range(len(queue.prompts)))
+    params, waiting = engine.unroll(params), deque(range(len(queue.prompts)))
     inside, free, unread = {}, deque(range(engine.slots)), None
     room, ages = engine.rooms[0], np.zeros(engine.slots, int)  # ages: the tokens that a slot's rows may have
     while waiting or inside:
@@ -244,7 +246,7 @@ def _serve(engine: Engine, params: Params, key: Array, state: Any, queue: _Queue
         wanted = next(enough for enough in engine.rooms if enough >= tokens)
         if wanted > room or wanted <= room // 2:
             room, state = wanted, engine.resize(state, wanted)
-        state, report = engine.block(decoding, state)
+        state, report = engine.block(params, state)
         jax.tree.map(lambda x: x.copy_to_host_async(), report)
         for slot, index, rows in _finished(engine, unread):
             del inside[slot]

@@ -9,8 +9,8 @@ between probes of the machine (a float32 matrix product).
 
 What there is to win: all lengths together are 252 steps of 32 rows, the static batches take the sum of their longest
 rows, and nobody knows a row's length beforehand, so that the last rows run out alone. The printed lines count the steps
-of both. Beside these the engine pays for prefills of four prompts at a time where the static batch prefills 32, and
-looks at results one block late: 4 steps of a row that is done, and what is left of its own block.
+of both: 950 and 392. The engine is 1.9 x as fast, not 2.4: a step of its takes 3.3 ms and not 3.1, since some row is
+always old and all have room for its age, and 64 prefills of four prompts take 0.33 s where 8 of 32 take 0.24.
 """
 
 import argparse
