@@ -1,5 +1,6 @@
 """Settings every test shares. Tests that need several devices start a process of their own."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -78,3 +79,16 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=nothing)
         left_out = set(map(id, nothing))
         items[:] = [item for item in items if id(item) not in left_out]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Forgets compiled programs between modules when there are many: a process may hold only so many mappings.
+
+    Each program on the CPU is a few of them, and at 65,530 the next compilation ends in a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()

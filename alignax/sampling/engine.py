@@ -33,9 +33,7 @@ class Engine(NamedTuple):
     """What `serve` runs, compiled: `prefill` once for each bucket, `insert` and `block` once for each room."""
 
     check: Callable  # (prompts, lengths) -> None; raises
-    unroll: (
-        Callable  # (params) -> params for `prefill` and `block`: a slice of what is stacked would be copied each time
-    )
+    unroll: Callable  # (params) -> params for `prefill` and `block`
     empty: Callable  # (params, key, Settings of one row) -> State without prompts
     prefill: Callable  # (params, key, Entering) -> State of E prompts
     insert: Callable  # (State, that of E prompts, slots [E]) -> State; donates the first

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from alignax import models, sharding
-from alignax.sampling import Samples, generate
+from alignax.sampling import Samples, collect, generate, make_engine, serve
 
 CONFIG = models.TransformerConfig(
     vocab_size=512,
@@ -73,8 +73,9 @@ def main():
     report = {"moved": moved(many.as_text())}
     on = {"top_k": 40, "top_p": 0.9, "min_p": 1e-3, "repetition_penalty": 1.3}
     for name, setting in (("plain", off), ("bent", on)):
-        found = many(placed, *batch, jax.random.key(0), **setting, **ends)
-        one = sample(params, prompts, lengths, jax.random.key(0), **setting, **ends)
+        # waited for: beside a second program the simulated devices may starve one another in a collective
+        found = jax.block_until_ready(many(placed, *batch, jax.random.key(0), **setting, **ends))
+        one = jax.block_until_ready(sample(params, prompts, lengths, jax.random.key(0), **setting, **ends))
         for field in ("tokens", "segments", "mask", "lengths", "truncated"):
             np.testing.assert_array_equal(getattr(found, field), getattr(one, field), err_msg=field)
         assert len({tuple(row) for row in found.tokens.tolist()}) == ROWS * GROUP
@@ -83,6 +84,13 @@ def main():
             "logp": max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs),
             "sharded": [field for field, x in zip(Samples._fields, found) if x.sharding.spec == P("data")],
         }
+    place = functools.partial(sharding.shard_batch, mesh=mesh)
+    engine = make_engine(model, slots=ROWS, buckets=(6,), max_new_tokens=NEW, group=GROUP, block=3, place=place)
+    asked = np.asarray(prompts)[::-1], np.asarray(lengths)[::-1]
+    ids = np.arange(ROWS * GROUP).reshape(ROWS, GROUP)[::-1].reshape(-1)
+    served = collect(serve(engine, placed, *asked, jax.random.key(0), row_ids=ids, **on, **ends))
+    np.testing.assert_array_equal(served.tokens[np.argsort(ids)], one.tokens)
+    report["engine"] = float(np.max(np.abs(served.logp[np.argsort(ids)] - np.asarray(one.logp))))
     print(json.dumps(report))
 
 

@@ -9,7 +9,7 @@ from vectors.common import MEANS, floats
 
 from alignax import advantages, controllers, logprobs, losses, moments, reduce, returns, rewards, train
 from alignax.models.segments import segment_positions
-from alignax.sampling import loop
+from alignax.sampling import generate
 from alignax.types import Hidden, Model
 
 
@@ -50,21 +50,22 @@ def response_mask_from_eos(x, hyper, expected):
     rows, length = said.shape
     model = Model(
         init=lambda key: None,
-        hidden=lambda params, tokens, segments, **_: Hidden(jnp.zeros((*tokens.shape, 1)), None, {}),
+        hidden=lambda params, tokens, segments, **_: Hidden(jnp.zeros((*tokens.shape, 128)), None, {}),
         logits=lambda params, states: states,
         init_cache=lambda batch, size: None,
     )
 
-    def choose(logits, tokens, columns):
-        return jnp.take_along_axis(said, columns[:, None] - 1, axis=1)[:, 0], jnp.zeros(rows)
+    def said_next(logits, tokens, columns):
+        token = jnp.take_along_axis(said, columns[:, None] - 1, axis=1)
+        return jnp.where(jnp.arange(128)[None] == token, 0.0, -jnp.inf)
 
-    blank = jnp.zeros((rows, 1 + length), int)
-    state = loop.State(None, blank, blank.astype(float), jnp.ones(rows, int), jnp.zeros(rows, bool))
-    state = loop.decode(model, None, state, choose, max_new_tokens=length, eos_ids=tuple(hyper["eos_ids"]))
-    yield (jnp.arange(1, 1 + length)[None] < state.ends[:, None]).astype(float), expected["mask"]
-    yield state.ends - 1, expected["length"]
-    yield state.done.astype(float), expected["has_eos"]
-    yield state.tokens[:, 1:], np.array(x["response_ids"]) * np.array(expected["mask"])
+    prompts, lengths = jnp.zeros((rows, 1), int), jnp.ones(rows, int)
+    options = {"max_new_tokens": length, "eos_ids": tuple(hyper["eos_ids"]), "process": (said_next,)}
+    found = generate(model, None, prompts, lengths, jax.random.key(0), **options)
+    yield found.mask[:, 1:].astype(float), expected["mask"]
+    yield found.lengths, expected["length"]
+    yield (~found.truncated).astype(float), expected["has_eos"]
+    yield found.tokens[:, 1:], np.array(x["response_ids"]) * np.array(expected["mask"])
 
 
 def position_ids_from_mask(x, hyper, expected):
