@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from alignax.models import kernels, rope
 from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, write
 from alignax.models.config import TransformerConfig
+from alignax.models.linear import Linear
 from alignax.models.moe import MixtureMLP
 from alignax.types import Array, Params
 
@@ -205,12 +206,5 @@ def _as_rank(leaf: Float[Array, " N"], rank: int) -> Float[Array, "..."]:
     return jnp.expand_dims(leaf, range(rank - 1))
 
 
-def _dense(config: TransformerConfig, features: int, name: str, *, use_bias: bool = False) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        name=name,
-    )
+def _dense(config: TransformerConfig, features: int, name: str, *, use_bias: bool = False) -> Linear:
+    return Linear(config, features, use_bias, name=name)

@@ -14,6 +14,7 @@ from alignax.models import kernels, views
 from alignax.models.attention import ForkedCache, LayerCache, SlotMajorCache, resized
 from alignax.models.blocks import Block, apply
 from alignax.models.config import TransformerConfig
+from alignax.models.linear import merged
 from alignax.types import Array, Cache, Params
 
 SHORT = 64  # fewer new tokens are not worth compiling several loops
@@ -66,8 +67,9 @@ def resize(config: TransformerConfig, cache: Forked, slots: int) -> Forked:
 
 
 def unroll(config: TransformerConfig, params: Params) -> Params:
-    """The parameters with those of the layers as a list."""
-    return params | {"layers": [layer(params["layers"], index) for index in range(config.num_layers)]}
+    """The parameters with those of the layers as a list, and with adapters merged into their kernels."""
+    layers = merged(params["layers"])
+    return params | {"layers": [layer(layers, index) for index in range(config.num_layers)]}
 
 
 def is_unrolled(params: Params) -> bool:

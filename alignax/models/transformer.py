@@ -28,9 +28,9 @@ RULES = (
     (r"(^|/)head/kernel$", P(None, "model")),
     (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "model")),
     (r"(^|/)experts/down/kernel$", P(None, None, "model", None)),
-    (r"(^|/)(q|k|v|gate|up)/kernel$", P(None, None, "model")),
-    (r"(^|/)(q|k|v|gate|up)/bias$", P(None, "model")),
-    (r"(^|/)(o|down)/kernel$", P(None, "model", None)),
+    (r"(^|/)(q|k|v|gate|up)/(kernel|lora_b)$", P(None, None, "model")),
+    (r"(^|/)(q|k|v|gate|up)/(bias|lora_magnitude)$", P(None, "model")),
+    (r"(^|/)(o|down)/(kernel|lora_a)$", P(None, "model", None)),
     (r".*", P()),
 )
 

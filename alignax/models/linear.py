@@ -1,0 +1,94 @@
+"""The linear projection of a decoder, with the low-rank adapters that may lie beside its kernel.
+
+y = x W + bias, and where the leaves "lora_a" [in, r] and "lora_b" [r, out] are there, y = x W + (x a) b + bias: inside
+of the layer, so that no sum W + a b is ever made. See "LoRA: Low-Rank Adaptation of Large Language Models", Hu et al.
+(https://arxiv.org/abs/2106.09685); `alignax.models.lora` makes these leaves, the scale already in b.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Float
+
+from alignax.models.config import TransformerConfig
+from alignax.types import Array, Params
+
+LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_key", "lora_rate")  # all that may lie beside a kernel
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias in the compute dtype, and what adapters beside the kernel add to it."""
+
+    config: TransformerConfig
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        """Projects the last axis."""
+        config = self.config
+        normal, shape = nn.initializers.normal(config.initializer_range), (x.shape[-1], self.features)
+        weights = self.param("kernel", normal, shape, config.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype) if self.use_bias else None
+        beside = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
+        x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
+        y = _matmul(x, kernel)
+        if "lora_a" in beside:
+            a, b = (beside[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
+            y += _matmul(_matmul(_dropped(x, beside), a), b)
+        if "lora_magnitude" in beside:
+            y = (y.astype(jnp.float32) * _as_rank(magnitude_ratio(weights, beside), y.ndim)).astype(y.dtype)
+        return y if bias is None else y + _as_rank(bias, y.ndim)
+
+
+def magnitude_ratio(kernel: Float[Array, "*L in out"], beside: Params) -> Float[Array, "*L out"]:
+    """m / ||W + a b||, the norm that of each column: what DoRA multiplies the columns of W + a b by, float32.
+
+    The norm is a constant to differentiation. It is made of ||W||^2 + 2 b . (a^T W) + b . (a^T a) b, so that W + a b is
+    not. See "DoRA: Weight-Decomposed Low-Rank Adaptation", Liu et al. (https://arxiv.org/abs/2402.09353), section 4.3.
+    """
+    kernel, a, b = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (kernel, beside["lora_a"], beside["lora_b"]))
+    transposed = a.swapaxes(-1, -2)
+    cross = 2 * jnp.matmul(transposed, kernel) + jnp.matmul(jnp.matmul(transposed, a), b)
+    squared = jnp.sum(jnp.square(kernel), axis=-2) + jnp.sum(b * cross, axis=-2)
+    return beside["lora_magnitude"].astype(jnp.float32) * jax.lax.rsqrt(squared)
+
+
+def column_norms(kernel: Float[Array, "*L in out"]) -> Float[Array, "*L out"]:
+    """The norm of each column, float32: the magnitude with which DoRA starts."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
+
+
+def merged(params: Params) -> Params:
+    """Parameters, of one layer or stacked, with every adapter added to its kernel and gone from beside it.
+
+    In float32; the result has the kernel's dtype.
+    """
+    if not isinstance(params, dict):
+        return params
+    if "lora_a" not in params:
+        return {name: merged(part) for name, part in params.items()}
+    kernel = params["kernel"].astype(jnp.float32)
+    kernel += jnp.matmul(*(params[name].astype(jnp.float32) for name in ("lora_a", "lora_b")))
+    if "lora_magnitude" in params:
+        kernel *= jnp.expand_dims(magnitude_ratio(params["kernel"], params), -2)
+    kept = {name: leaf for name, leaf in params.items() if name not in LEAVES}
+    return kept | {"kernel": kernel.astype(params["kernel"].dtype)}
+
+
+def _dropped(x: Array, beside: Params) -> Array:
+    """Dropout of what enters the adapters, where there is a key: each entry is 0, or 1 / (1 - rate) of itself."""
+    if "lora_key" not in beside:
+        return x
+    kept = 1 - beside["lora_rate"]
+    mask = jax.random.bernoulli(beside["lora_key"], kept, x.shape)
+    return jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
+
+
+def _matmul(x: Array, kernel: Array) -> Array:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _as_rank(row: Array, rank: int) -> Array:
+    return jnp.expand_dims(row, range(rank - 1))
