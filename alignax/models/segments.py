@@ -4,6 +4,9 @@
 the segment that its own one continues (0 for none), so that one prompt can serve many completions.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
@@ -11,11 +14,18 @@ from alignax.types import Array
 
 
 def segment_positions(segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None = None) -> Int[Array, "B T"]:
-    """The index of each token in its own segment, counted on from the length of its parent; 0 on padding."""
-    before = jnp.tril(jnp.ones((segments.shape[1],) * 2, bool), -1)[None]
-    positions = jnp.sum(before & _same(segments, segments), axis=-1, dtype=jnp.int32)
+    """The index of each token in its own segment, counted on from the length of its parent; 0 on padding.
+
+    Sorted by segment, a token's index is its distance from the first of its segment: no [T, T] array is made.
+    """
+    columns = jax.lax.broadcasted_iota(jnp.int32, segments.shape, 1)
+    ordered, origins = jax.lax.sort((segments, columns), num_keys=1)  # stable
+    new = jnp.diff(ordered, axis=1, prepend=ordered[:, :1] - 1) != 0
+    indices = columns - jax.lax.cummax(jnp.where(new, columns, 0), axis=1)
+    _, positions = jax.lax.sort((origins, indices), num_keys=1)
     if parents is not None:
-        positions += jnp.sum(_same(parents, segments), axis=-1, dtype=jnp.int32)
+        first, after = (jax.vmap(partial(jnp.searchsorted, side=side))(ordered, parents) for side in ("left", "right"))
+        positions += jnp.where(parents != 0, after - first, 0)
     return jnp.where(segments != 0, positions, 0)
 
 

@@ -45,6 +45,24 @@ def test_against_the_loop(seed):
     assert [np.flatnonzero(row).tolist() for row in visible] == [sorted(row) for row in sees]
 
 
+def test_positions_count_what_came_before_wherever_it_stands():
+    """Parts in pieces, ids in any order, and parents that no token has."""
+    rng = np.random.default_rng(9)
+    segments, parents = rng.integers(0, 5, (3, 40)) * 7, rng.integers(0, 9, (3, 40)) * 7
+    found = segment_positions(jnp.asarray(segments, jnp.int32), jnp.asarray(parents, jnp.int32))
+    for row, column in np.ndindex(3, 40):
+        before = np.sum(segments[row, :column] == segments[row, column])
+        parent = parents[row, column]
+        expected = before + np.sum(segments[row] == parent) * (parent != 0)
+        assert found[row, column] == (0 if segments[row, column] == 0 else expected)
+
+
+def test_positions_make_no_square():
+    row = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+    compiled = jax.jit(segment_positions).lower(row, row).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 1024 * 1024  # a square of booleans
+
+
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 100])
 def test_a_window_counts_positions_not_columns(window):
     """A completion's window reaches into its prompt, however far away that stands in the row."""
