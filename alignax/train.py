@@ -8,7 +8,7 @@ whatever the batch was split into. Counts depend on masks alone, so they are sum
 that would come with them); then each part's gradient is already divided rightly, and parts simply add up.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +27,14 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     key: Array  # for the user's loop; an update leaves it alone
+    skipped_in_a_row: Array  # int32 [], the last updates, all left out; 0 after one that was not
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation, key: Array | None = None) -> "TrainState":
         """A state at step 0. `params` are used as they are: pass a copy if the state will be donated."""
-        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers, so that both can be donated
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # buffers of their own, to be donated
         key = jax.random.key(0) if key is None else key
-        return cls(step, skipped, params, optimizer.init(params), key)
+        return cls(step, skipped, params, optimizer.init(params), key, in_a_row)
 
 
 def make_update(
@@ -57,7 +58,8 @@ def make_update(
     Returns:
       The update. Its `batch` is a pytree whose leaves lead with B; `frozen` holds weights that are not trained;
       `hyper` is a dict of numbers, traced, so that changing one recompiles nothing. Its metrics are scalars: those of
-      the loss function, `loss`, `loss/NAME` of each term, `grad_norm` and `skipped` (1 for a step left out).
+      the loss function, `loss`, `loss/NAME` of each term, `grad_norm`, `skipped` (1 for a step left out) and
+      `skipped/in_a_row` (the last steps, all left out: see `stop_after_skips`).
 
     Raises:
       ValueError: when a batch does not divide into the micro-batches, or must not be divided (`losses.aot`).
@@ -98,6 +100,36 @@ def make_update(
         return _apply(state, grads, optimizer, report)
 
     return update
+
+
+def stop_after_skips(step: int, metrics: Mapping[str, Any], *, limit: int = 10) -> None:
+    """Ends a run whose updates are no longer finite; call it where metrics are read anyway, since it waits for them.
+
+    A single step left out does no harm: a rare batch overflows. Where every step is, nothing is learned any more.
+
+    Args:
+      step: of the loop, for the message.
+      metrics: of an update, or of several whose names have prefixes of their own; those of `skipped/in_a_row` count.
+      limit: how many steps in a row are too many.
+
+    Raises:
+      FloatingPointError: when that many were left out, with the step, their number, the last loss and gradient norm.
+      ValueError: for a limit below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"stop_after_skips: limit={limit}; expected at least 1")
+    for name in metrics:
+        prefix = name.removesuffix("skipped/in_a_row")
+        if prefix == name or float(metrics[name]) < limit:
+            continue
+        last = (f"{prefix}{part}" for part in ("loss", "grad_norm"))
+        said = ", ".join(f"{part} {float(metrics[part]):.4g}" for part in last if part in metrics)
+        raise FloatingPointError(
+            f"step {step}: {name} is {float(metrics[name]):.0f}, the limit is {limit}: so many updates running were "
+            f"left out, because a loss, a gradient or an update was not finite. The last: {said}. A loss that is not "
+            "finite points at the batch (rewards, weights, log-probabilities) or at parameters that were not when the "
+            "run began; a finite loss with a gradient norm that is not, at the learning rate or a missing clip"
+        )
 
 
 def make_measure(
@@ -260,8 +292,10 @@ def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
         (state.params, state.opt_state),
     )
     skipped = 1 - finite.astype(jnp.int32)
+    in_a_row = (state.skipped_in_a_row + 1) * skipped
     report |= {"grad_norm": norm, "skipped": skipped.astype(jnp.float32)}
-    return TrainState(state.step + 1, state.skipped + skipped, params, opt_state, state.key), report
+    report["skipped/in_a_row"] = in_a_row.astype(jnp.float32)
+    return TrainState(state.step + 1, state.skipped + skipped, params, opt_state, state.key, in_a_row), report
 
 
 def _psum(x: Array, axis_name: str | None) -> Array:

@@ -195,6 +195,7 @@ class Run:
       total: the number of steps the progress bar expects.
       show: names of the metrics beside the progress bar.
       curves: names of the metrics in curves.png; empty for all that were logged, the first twelve.
+      skips: how many updates in a row, left out since they were not finite, end the run (`log` raises).
 
     Raises:
       ValueError: when the folder holds something or is no folder.
@@ -208,10 +209,12 @@ class Run:
         total: int,
         show: Sequence[str] = (),
         curves: Sequence[str] = (),
+        skips: int = 10,
     ):
         self.folder = pathlib.Path(folder)
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._config, self._total, self._show, self._curves = config, total, show, curves
+        self._skips = skips
         self._writes = jax.process_index() == 0
         if self._writes and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"output folder {self.folder} exists and is not empty; name a new one, or remove it")
@@ -232,6 +235,9 @@ class Run:
 
         Warns:
           RuntimeWarning: when a metric is NaN or infinite, naming the step and the metric.
+
+        Raises:
+          FloatingPointError: when `skips` updates in a row were left out, not being finite.
         """
         values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -248,6 +254,7 @@ class Run:
         if len(finite) < len(values):
             bad = ", ".join(f"{name} = {value}" for name, value in values.items() if name not in finite)
             warnings.warn(f"step {step}: not finite: {bad}", RuntimeWarning, stacklevel=2)
+        train.stop_after_skips(step, values, limit=self._skips)
         return values
 
     def __exit__(self, *error: object) -> None:

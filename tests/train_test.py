@@ -95,6 +95,27 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted():
     assert again.skipped == 1 and metrics["skipped"] == 0 and again.params["w"] != before.params["w"]
 
 
+def test_steps_left_out_in_a_row_are_counted_and_end_the_run():
+    """A loss that is NaN at updates 1, 3, 4 and 5: at a limit of three the last of them stops, and says why."""
+    optimizer = optax.sgd(RATE)
+    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=2))
+    now, in_a_row = state(optimizer), []
+    for step, scale in enumerate((np.nan, 0.0, np.nan, np.nan, np.nan), start=1):
+        now, metrics = update(now, BATCH, None, {"scale": scale})
+        in_a_row.append(int(metrics["skipped/in_a_row"]))
+        if step < 5:
+            train.stop_after_skips(step, metrics, limit=3)
+    assert in_a_row == [1, 0, 1, 2, 3] and now.skipped_in_a_row == 3 and now.skipped == 4
+    with pytest.raises(FloatingPointError, match=r"step 5: skipped/in_a_row is 3, the limit is 3.*loss nan, grad_norm"):
+        train.stop_after_skips(5, metrics, limit=3)
+    of_two = {f"critic/{name}": value for name, value in metrics.items()} | {"skipped/in_a_row": 0.0, "loss": 1.0}
+    with pytest.raises(FloatingPointError, match=r"critic/skipped/in_a_row is 3.*critic/loss nan"):
+        train.stop_after_skips(5, of_two, limit=3)
+    train.stop_after_skips(5, {"loss": jnp.nan})  # says nothing of steps left out
+    with pytest.raises(ValueError, match="limit=0; expected at least 1"):
+        train.stop_after_skips(5, metrics, limit=0)
+
+
 def test_bfloat16_parameters_keep_their_dtype():
     optimizer = optax.sgd(RATE)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)

@@ -141,6 +141,16 @@ def test_run_writes_everything(tmp_path, capfd):
     assert run.history["reward/mean"] == [(1, 2.0), (2, 4.0), (3, 6.0)]
 
 
+def test_run_ends_after_steps_left_out_in_a_row(tmp_path):
+    with (
+        pytest.raises(FloatingPointError, match=r"step 8: skipped/in_a_row is 10, the limit is 10.*The last: loss 2\."),
+        common.Run(tmp_path / "out", Config(), total=10) as run,
+    ):
+        run.log(7, {"loss": 2.0, "skipped/in_a_row": jnp.float32(9)})
+        run.log(8, {"loss": 2.0, "skipped/in_a_row": jnp.float32(10)})
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2  # the last is on disk too
+
+
 def test_run_reports_non_finite_metrics(tmp_path):
     with (
         common.Run(tmp_path / "out", Config(), total=1) as run,
