@@ -4,6 +4,7 @@ from alignax.data import batching as batching
 from alignax.data import chat as chat
 from alignax.data import formats as formats
 from alignax.data import masks as masks
+from alignax.data import packing as packing
 from alignax.data import pairing as pairing
 from alignax.data import rollouts as rollouts
 from alignax.data import selection as selection
