@@ -1,5 +1,6 @@
 """Language models as `Model`s: the shipped transformer and adapters for any other network."""
 
+from alignax.models import lora as lora
 from alignax.models.activations import gelu as gelu
 from alignax.models.activations import gelu_tanh as gelu_tanh
 from alignax.models.adapters import from_apply as from_apply
@@ -11,6 +12,7 @@ from alignax.models.contrastive import contrastive as contrastive
 from alignax.models.contrastive import contrastive_logits as contrastive_logits
 from alignax.models.heads import add_score as add_score
 from alignax.models.heads import with_score as with_score
+from alignax.models.lora import LoraConfig as LoraConfig
 from alignax.models.mixture import geometric_mixture_logits as geometric_mixture_logits
 from alignax.models.mixture import mixture as mixture
 from alignax.models.rope import LinearScaling as LinearScaling
