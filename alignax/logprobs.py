@@ -3,12 +3,12 @@
 Every array that leaves this module is aligned with `tokens`: `logp[:, t] = log p(tokens[:, t] | tokens[:, :t])`, and 0
 where nothing was predicted (column 0, the first token of a packed part, padding, what the mask leaves out).
 
-The head runs over a few columns at a time and is recomputed in the backward pass, so that `[B, T, V]` exists in
-neither direction.
+Tokens that are asked for meet the vocabulary a block at a time (`alignax.blockwise`), so that `[B, T, V]` exists in
+neither direction, and prompts and padding cost nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
+from alignax.blockwise import Side, measured
 from alignax.losses.divergence import full_kl
-from alignax.types import Array, Model, Params, Scalar
+from alignax.types import Array, Hidden, Model, Params, Scalar
 
 
 class Scores(NamedTuple):
@@ -49,7 +50,7 @@ def score(
     positions: Array | None = None,
     parents: Array | None = None,
     key: Array | None = None,
-    chunk: int = 256,
+    chunk: int | None = None,
 ) -> Scores:
     """Scores given tokens: log softmax(logits / temperature) at each token, float32.
 
@@ -64,7 +65,7 @@ def score(
         is its own critic), "ref_logp" and "forward_kl" a `reference`.
       reference: parameters of a frozen copy of the model, read beside it.
       positions, parents, key: passed on to `model.hidden`.
-      chunk: about how many tokens meet the vocabulary at once; more where that would make over 16 blocks of columns.
+      chunk: about how many tokens meet the vocabulary at once; see `alignax.blockwise.measured`.
 
     Returns:
       `Scores`, every array `[B, T]`.
@@ -85,29 +86,28 @@ def score(
         raise ValueError(f"score: want={tuple(both)} without a reference; expected the reference's parameters")
     where = {"positions": positions, "parents": parents}
     hidden = model.hidden(params, tokens, segments, **where, key=key)
-    states = (hidden.states,)
+    sides = (_side(model, params, hidden, tokens),)
     if both:
         reference = jax.lax.stop_gradient(reference)
-        states += (model.hidden(reference, tokens, segments, **where).states,)
-
-    @jax.checkpoint
-    def head(targets: Array, states: Array, *ref_states: Array) -> dict[str, Array]:
-        logits = model.logits(params, states) / temperature
-        scores = _token_scores(logits, targets, want)
-        for ref in ref_states:
-            scores |= _both_scores(logits, model.logits(reference, ref) / temperature, targets, want)
-        return scores
-
-    targets = jnp.roll(tokens, -1, axis=1)
+        sides += (_side(model, reference, model.hidden(reference, tokens, segments, **where), tokens),)
     chosen = predicted(segments, parents)
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
-    columns = _map_columns(head, (targets, *states), chunk)
+
+    def measure(logits: tuple[Array, ...], arrays: tuple[Array], known: dict[str, Array] | None) -> dict[str, Array]:
+        own, *others = (x / temperature for x in logits)
+        scores = _token_scores(own, arrays[0], want, known)
+        for ref_logits in others:
+            scores |= _both_scores(own, ref_logits, arrays[0], want)
+        return scores
+
+    found = measured(measure, sides, (tokens,), chosen, chunk=chunk)
+    found = {name: x for name, x in found.items() if name in ("logp", *want)}
     if "values" in want:
-        columns["values"] = _values(model, params, hidden.states)
-    aligned = {name: jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0) for name, x in columns.items()}
-    return Scores(**aligned, aux=hidden.aux)
+        values = _read(_values(model, params, hidden.states), sides[0].at)
+        found["values"] = jnp.where(chosen, values, 0.0)
+    return Scores(**found, aux=hidden.aux)
 
 
 def token_logprobs(
@@ -124,32 +124,49 @@ def token_logprobs(
 
 
 def token_divergence(
-    divergence: Callable[[Array, Array], Array],
-    logits: Callable[[Array], Array],
-    states: Float[Array, "B T D"],
-    other_logits: Callable[[Array], Array],
-    other_states: Float[Array, "B T E"],
-    *,
-    chunk: int = 256,
+    divergence: Callable[..., Array],
+    sides: tuple[Side, ...],
+    mask: Array,
+    *arrays: Array,
+    chunk: int | None = None,
 ) -> Float[Array, "B T"]:
-    """divergence(p, q) of two next-token distributions, given as the states before two heads.
+    """divergence(logits of each side [b, n, V], *arrays [b, n, ...]) -> [b, n] at every token of the mask, 0 elsewhere.
 
-    Not shifted: what stands at column t belongs to the token after it. `[B, T, V]` exists in neither direction.
+    `[B, T, V]` exists in neither direction. Stop the gradient of a side that is frozen.
 
     Args:
-      divergence: `(logits [B, t, V], other_logits [B, t, V]) -> [B, t]`.
-      logits, other_logits: the heads, `states [..., D] -> [..., V]`.
-      states, other_states: of tokens that stand at the same columns; stop the gradient of a side that is frozen.
+      divergence: of next-token distributions, given as logits.
+      sides: one for each of these, see `before`.
+      mask: `[B, T]`, the tokens to compare at.
+      arrays: `[B, T, ...]`, what else it reads; constants.
       chunk: as in `score`.
     """
-    chex.assert_rank([states, other_states], 3)
-    chex.assert_equal_shape_prefix([states, other_states], 2)
+    chex.assert_rank(mask, 2)
 
-    @jax.checkpoint
-    def head(states: Array, other_states: Array) -> dict[str, Array]:
-        return {"divergence": divergence(logits(states), other_logits(other_states))}
+    def measure(logits: tuple[Array, ...], arrays: tuple[Array, ...], known: Any) -> dict[str, Array]:
+        del known
+        return {"divergence": divergence(*logits, *arrays)}
 
-    return _map_columns(head, (states, other_states), chunk)["divergence"]
+    return measured(measure, sides, arrays, mask != 0, chunk=chunk)["divergence"]
+
+
+def top_logprobs(
+    side: Side, mask: Array, *, k: int, temperature: Scalar = 1.0, chunk: int | None = None
+) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
+    """The k largest log-probabilities at every token of the mask, and of which tokens they are; 0 elsewhere."""
+
+    def measure(logits: tuple[Array], arrays: tuple, known: Any) -> dict[str, Array]:
+        del arrays, known
+        logp, ids = jax.lax.top_k(jax.nn.log_softmax(logits[0] / temperature), k)
+        return {"logp": logp, "ids": ids}
+
+    found = measured(measure, (side,), (), mask != 0, chunk=chunk)
+    return found["logp"], found["ids"]
+
+
+def before(model: Model, params: Params, tokens: Int[Array, "B T"], segments: Array) -> Side:
+    """The states that predict the tokens, and the head that does: a side of `token_divergence`."""
+    return _side(model, params, model.hidden(params, tokens, segments), tokens)
 
 
 def token_values(
@@ -167,12 +184,13 @@ def token_values(
     """
     chex.assert_rank([tokens, segments], 2)
     chex.assert_equal_shape([tokens, segments])
-    states = model.hidden(params, tokens, segments).states
+    hidden = model.hidden(params, tokens, segments)
     chosen = predicted(segments)
     if mask is not None:
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
-    return jnp.where(chosen, jnp.roll(_values(model, params, states), 1, axis=1), 0.0)
+    values = _read(_values(model, params, hidden.states), _side(model, params, hidden, tokens).at)
+    return jnp.where(chosen, values, 0.0)
 
 
 def last_score(model: Model, params: Params, tokens: Int[Array, "B T"], segments: Array) -> Float[Array, " B"]:
@@ -191,10 +209,10 @@ def last_score(model: Model, params: Params, tokens: Int[Array, "B T"], segments
     """
     chex.assert_rank([tokens, segments], 2)
     chex.assert_equal_shape([tokens, segments])
-    states = model.hidden(params, tokens, segments).states
+    hidden = model.hidden(params, tokens, segments)
     length = jnp.sum((segments != 0).astype(jnp.int32), axis=1)
-    last = jnp.take_along_axis(states, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where(length > 0, _values(model, params, last), 0.0)
+    last = jnp.take_along_axis(_at(hidden, tokens), jnp.maximum(length - 1, 0)[:, None], axis=1)
+    return jnp.where(length > 0, _values(model, params, _read(hidden.states, last)[:, 0]), 0.0)
 
 
 def predicted(segments: Array, parents: Array | None = None) -> Array:
@@ -213,11 +231,30 @@ def _values(model: Model, params: Params, states: Array) -> Array:
     return model.values(params, states)
 
 
-def _token_scores(logits: Array, targets: Array, want: tuple[str, ...]) -> dict[str, Array]:
+def _at(hidden: Hidden, tokens: Array) -> Int[Array, "B T"]:
+    """Which of the states of its row, or of its bundle of rows, is that of each token."""
+    if hidden.at is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    chex.assert_equal_shape([hidden.at, tokens])
+    return hidden.at
+
+
+def _side(model: Model, params: Params, hidden: Hidden, tokens: Array) -> Side:
+    """The state before each token: here tokens are shifted against states."""
+    at = jnp.pad(_at(hidden, tokens)[:, :-1], ((0, 0), (1, 0)))
+    return Side(lambda x: model.logits(params, x), hidden.states, at)
+
+
+def _read(x: Float[Array, "R M ..."], at: Int[Array, "B C"]) -> Float[Array, "B C ..."]:
+    found = jax.vmap(lambda row, own: row[own])(x, at.reshape(x.shape[0], -1))
+    return found.reshape(*at.shape, *x.shape[2:])
+
+
+def _token_scores(logits: Array, targets: Array, want: tuple[str, ...], known: dict | None) -> dict[str, Array]:
     # gather minus logsumexp: a log_softmax would write another array of the size of the logits
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    scores = {"logp": target - normaliser}
+    normaliser = jax.nn.logsumexp(logits, axis=-1) if known is None else _known(logits, known["log_normalizer"])
+    target = _entry(logits, targets)
+    scores = {"logp": target - normaliser, "log_normalizer": normaliser}
     if "entropy" in want:
         p = jnp.exp(logits - normaliser[..., None])
         # p = 0 beside a logit of -inf must give 0, not NaN
@@ -228,8 +265,6 @@ def _token_scores(logits: Array, targets: Array, want: tuple[str, ...]) -> dict[
         scores["logits"] = jnp.mean(logits, axis=-1)
     if "mean_logp" in want:
         scores["mean_logp"] = jnp.mean(logits, axis=-1) - normaliser
-    if "log_normalizer" in want:
-        scores["log_normalizer"] = normaliser
     if "log_sum_p2" in want:
         scores["log_sum_p2"] = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * normaliser
     return scores
@@ -237,25 +272,44 @@ def _token_scores(logits: Array, targets: Array, want: tuple[str, ...]) -> dict[
 
 def _both_scores(logits: Array, ref_logits: Array, targets: Array, want: tuple[str, ...]) -> dict[str, Array]:
     ref_logits = jax.lax.stop_gradient(ref_logits)
-    scores = {"ref_logp": _token_scores(ref_logits, targets, ())["logp"]} if "ref_logp" in want else {}
+    scores = {"ref_logp": _token_scores(ref_logits, targets, (), None)["logp"]} if "ref_logp" in want else {}
     if "forward_kl" in want:
         scores["forward_kl"] = full_kl(ref_logits, logits, jnp.ones(targets.shape))
     return scores
 
 
-def _map_columns(head, arrays: tuple[Array, ...], chunk: int) -> dict[str, Array]:
-    """head over blocks of columns of about `chunk` tokens; rows may be sharded, and splitting them would move data."""
-    rows, length = arrays[0].shape[:2]
-    # at most 16 blocks: in the backward pass of sharded rows each of them sums the head's gradient over the devices
-    width = max(1, chunk // rows, -(-length // 16))
-    if length <= width:
-        return head(*arrays)
-    pad = -length % width
-    blocks = (length + pad) // width
+@jax.custom_vjp
+def _known(logits: Array, normaliser: Array) -> Array:
+    """logsumexp(logits), which was computed before: the gradient then needs no maximum and no sum."""
+    return normaliser
 
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(rows, blocks, width, *x.shape[2:]).swapaxes(0, 1)
 
-    scores = jax.lax.map(lambda block: head(*block), jax.tree.map(split, arrays))
-    return {name: x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for name, x in scores.items()}
+def _known_forward(logits: Array, normaliser: Array):
+    return normaliser, (logits, normaliser)
+
+
+def _known_backward(kept: tuple[Array, Array], cotangent: Array):
+    logits, normaliser = kept
+    return cotangent[..., None] * jnp.exp(logits - normaliser[..., None]), jnp.zeros_like(normaliser)
+
+
+_known.defvjp(_known_forward, _known_backward)
+
+
+@jax.custom_vjp
+def _entry(logits: Array, targets: Array) -> Array:
+    """logits[..., targets]; its gradient is a comparison that fuses with others, not a scatter into zeros."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _entry_forward(logits: Array, targets: Array):
+    return _entry(logits, targets), (logits, targets)
+
+
+def _entry_backward(kept: tuple[Array, Array], cotangent: Array):
+    logits, targets = kept
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    return jnp.where(hit, cotangent[..., None], 0.0), None
+
+
+_entry.defvjp(_entry_forward, _entry_backward)

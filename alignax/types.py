@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Array = jax.Array
 Params = Any  # a pytree of arrays; for the shipped models nested dicts
@@ -49,11 +49,16 @@ class Term(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """What a model's body returns: final states before the head, the cache (None without one), auxiliary losses."""
+    """What a model's body returns: final states before the head, the cache (None without one), auxiliary losses.
+
+    `at [B, T]` is for bodies that run several rows as one (`alignax.layouts`): which of the M states of its bundle is
+    that of a token. `states` are then `[R, M, D]`, and bundle r is B / R rows that follow one another. None: its own.
+    """
 
     states: Float[Array, "B T D"]
     cache: Cache
     aux: dict[str, Array]
+    at: Int[Array, "B T"] | None = None
 
 
 class Model(NamedTuple):

@@ -16,6 +16,8 @@ LEVELS = (
     {"types"},
     {
         "reduce",
+        "blockwise",
+        "layouts",
         "logprobs",
         "advantages",
         "returns",

@@ -123,7 +123,7 @@ def test_no_array_of_the_size_of_all_logits():
         return jnp.sum(logprobs.token_logprobs(model, params, tokens, tokens == 0))
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
-    assert "4x64x32xf32" in text and "512x32xf32" not in text  # the vocabulary has 32 tokens
+    assert "1x256x32xf32" in text and "512x32xf32" not in text and "2048x32xf32" not in text  # the vocabulary has 32 tokens
 
 
 def test_bad_arguments_are_refused(batch):
@@ -155,14 +155,11 @@ def test_divergence_of_two_heads(batch, chunk):
     model, params = tiny()
     reference = jax.tree.map(lambda x: 0.9 * x, params)
     tokens, segments = batch["tokens"], batch["segments"]
-    states = [model.hidden(p, jnp.asarray(tokens), jnp.asarray(segments)).states for p in (params, reference)]
+    sides = tuple(logprobs.before(model, p, jnp.asarray(tokens), jnp.asarray(segments)) for p in (params, reference))
+    mask = jnp.asarray(batch["mask"])
     found = logprobs.token_divergence(
-        lambda p, q: losses.full_kl(p, q, jnp.ones(p.shape[:2])),
-        lambda x: model.logits(params, x),
-        states[0],
-        lambda x: model.logits(reference, x),
-        states[1],
-        chunk=chunk,
+        lambda p, q: losses.full_kl(p, q, jnp.ones(p.shape[:2])), sides, mask, chunk=chunk
     )
     (_, p), (_, q) = (dense(model, x, tokens, segments, 1.0) for x in (params, reference))
-    np.testing.assert_allclose(found, np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-4, atol=2e-6)
+    expected = np.where(mask, np.roll(np.sum(np.exp(p) * (p - q), axis=-1), 1, axis=1), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -23,7 +22,7 @@ from jax.core import Tracer
 from alignax import losses, reduce
 from alignax.algorithms._fillers import blank
 from alignax.algorithms._frozen import frozen_params
-from alignax.logprobs import predicted, token_divergence
+from alignax.logprobs import before, predicted, token_divergence, top_logprobs
 from alignax.types import Array, LossFn, Mean, Model, Params, Scalar, Term
 
 
@@ -75,20 +74,14 @@ def make_loss(
         teacher = frozen_params(frozen, "teacher", "distillation: ")
         batch = blank(batch)
         columns, learned = _align(batch)
-        states = _before(model, params, batch.tokens, batch.segments)
-        teacher_states = _before(teacher_model, teacher, *_teacher_rows(batch)[:2])
-        teacher_states = jnp.take_along_axis(teacher_states, columns[..., None], axis=1)
+        own = before(model, params, batch.tokens, batch.segments)
+        other = before(teacher_model, teacher, *_teacher_rows(batch)[:2])
+        other = other._replace(at=jnp.take_along_axis(other.at, columns, axis=1))
 
         def divergence(logits: Array, teacher_logits: Array) -> Array:
             return loss(logits, teacher_logits, jnp.ones(logits.shape[:2]), **hyper)
 
-        per_token = token_divergence(
-            divergence,
-            lambda x: model.logits(params, x),
-            _only(states, learned),
-            lambda x: teacher_model.logits(teacher, x),
-            _only(teacher_states, learned),
-        )
+        per_token = token_divergence(divergence, (own, other), learned)
         return _terms(per_token, learned, batch, mean)
 
     return loss_fn
@@ -122,24 +115,18 @@ def make_top_k_loss(
         chex.assert_equal_shape([logp, ids])
         batch = blank(batch)
         learned = predicted(batch.segments) & (batch.mask != 0)
-        states = _only(_before(model, params, batch.tokens, batch.segments), learned)
-        # the answers take the place of a teacher's states; ids are exact in float32 up to 2^24
-        answers = jnp.concatenate([logp, ids], axis=-1, dtype=jnp.float32)
+        own = before(model, params, batch.tokens, batch.segments)
 
-        def divergence(logits: Array, answers: Array) -> Array:
-            logp, ids = jnp.split(answers, 2, axis=-1)
-            return loss(logits, logp, ids.astype(jnp.int32), jnp.ones(logits.shape[:2]), **hyper)
+        def divergence(logits: Array, logp: Array, ids: Array) -> Array:
+            return loss(logits, logp, ids, jnp.ones(logits.shape[:2]), **hyper)
 
-        answers = _only(answers, learned)
-        per_token = token_divergence(divergence, lambda x: model.logits(params, x), states, lambda x: x, answers)
+        per_token = token_divergence(divergence, (own,), learned, logp, ids)
         return _terms(per_token, learned, batch, mean)
 
     return loss_fn
 
 
-def teacher_top_k(
-    model: Model, params: Params, batch: Batch, *, k: int = 50, temperature: Scalar = 1.0, columns: int = 32
-) -> Batch:
+def teacher_top_k(model: Model, params: Params, batch: Batch, *, k: int = 50, temperature: Scalar = 1.0) -> Batch:
     """The batch with what the teacher says at every token to learn: its k largest log-probabilities, and of what.
 
     Ahead of training, once for every row; the teacher's rows are left out of what is returned.
@@ -149,18 +136,11 @@ def teacher_top_k(
       batch: rows of both.
       k: how many (50 where it was published).
       temperature: divides the teacher's logits.
-      columns: how many columns meet the vocabulary at once.
     """
-    places, learned = _align(batch)
-    states = _before(model, params, *_teacher_rows(batch)[:2])
-    states = _only(jnp.take_along_axis(states, places[..., None], axis=1), learned)
-
-    def of_column(states: Array) -> tuple[Array, Array]:
-        logp, ids = jax.lax.top_k(jax.nn.log_softmax(model.logits(params, states) / temperature), k)
-        return logp, ids
-
-    found = jax.lax.map(of_column, states.swapaxes(0, 1), batch_size=columns)
-    logp, ids = (x.swapaxes(0, 1) for x in found)
+    columns, learned = _align(batch)
+    side = before(model, params, *_teacher_rows(batch)[:2])
+    side = side._replace(at=jnp.take_along_axis(side.at, columns, axis=1))
+    logp, ids = top_logprobs(side, learned, k=k, temperature=temperature)
     rows = {"teacher_tokens": None, "teacher_segments": None, "teacher_mask": None}
     return batch._replace(**rows, top_logp=logp, top_ids=ids, mask=learned)
 
@@ -206,16 +186,6 @@ def _check_aligned(ours: Array, theirs: Array, same: Array, weights: Array | Non
             f"distillation: row {row} has {counts[0][row]} tokens to learn, the teacher's {counts[1][row]}; expected "
             "the same tokens in the same order"
         )
-
-
-def _before(model: Model, params: Params, tokens: Array, segments: Array) -> Array:
-    """The state before every token, which predicts it."""
-    return jnp.roll(model.hidden(params, tokens, segments).states, 1, axis=1)
-
-
-def _only(states: Array, learned: Array) -> Array:
-    """What stands elsewhere, NaN included, reaches neither value nor gradient."""
-    return jnp.where(learned[..., None], states, jnp.zeros((), states.dtype))
 
 
 def _terms(per_token: Array, learned: Array, batch: Batch, mean: Callable[..., Mean]):

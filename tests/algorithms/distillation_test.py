@@ -141,7 +141,7 @@ def test_a_token_without_anything_before_it_is_not_learned():
 @pytest.mark.parametrize("loss", [losses.distill_top_k, losses.distill_top_k_renormalised], ids=lambda f: f.__name__)
 def test_answers_stored_ahead_are_those_of_the_teacher(loss):
     model, params = tiny()
-    stored = jax.jit(lambda batch: distillation.teacher_top_k(model, teacher(), batch, k=5, columns=4))(WITH_CONTEXT)
+    stored = jax.jit(lambda batch: distillation.teacher_top_k(model, teacher(), batch, k=5))(WITH_CONTEXT)
     assert stored.top_ids.shape == (*PLAIN.tokens.shape, 5) and stored.teacher_tokens is None
     make = functools.partial(distillation.make_top_k_loss, loss=loss)
     value, (slope, _), _ = total(make, stored, params, None, {})
