@@ -15,7 +15,7 @@ from alignax.models.config import TransformerConfig
 
 _EVERYWHERE = {"quantization_config": None}
 _POSITIONS = ("rope_theta", "rope_scaling", "rotary_fraction", "pattern")
-_NUMERICS = ("dtype", "param_dtype", "remat", "decode_attention")
+_NUMERICS = ("dtype", "param_dtype", "remat", "attention", "decode_attention")
 _FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig) if field.name not in _NUMERICS}
 
 

@@ -5,16 +5,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from alignax.models import kernels, rope
 from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, write
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import Linear
 from alignax.models.moe import MixtureMLP
+from alignax.models.rows import Rows
 from alignax.types import Array, Params
 
-Visible = Any  # Bool [*K, B, T, S]; with a forked cache the two of `attend_forked`; for a kernel its `Spans`
+# Bool [*K, B, T, S], or `Rows` where whole rows need no mask; with a forked cache the two of `attend_forked`; for a
+# kernel of one token its `Spans`.
+Visible = Any
 
 
 class RMSNorm(nn.Module):
@@ -104,6 +107,8 @@ def _mix(
     config: TransformerConfig, queries: Float[Array, "B T H hd"], cache: LayerCache | ForkedCache, visible: Visible
 ) -> Float[Array, "B T H hd"]:
     options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
+    if isinstance(visible, Rows):
+        return visible.attend(queries, cache, **options)
     chosen = kernels.choose(config).attend
     if chosen is not None and isinstance(visible, kernels.Spans):
         return chosen(queries, cache, visible, **options)
@@ -159,7 +164,7 @@ class Block(nn.Module):
         """
         config = self.config
         if kind is not None:
-            angle, visible = jax.tree.map(lambda leaf: _pick(leaf, kind), (angle, visible))
+            angle, visible = _pick(angle, kind), _pick(visible, kind)
         inner = norm(config, "attn_norm")(x) if config.pre_norm else x
         mixed, cache = Attention(config, name="attn")(inner, angle, visible, past, slots)
         mixed = norm(config, "attn_post_norm")(mixed) if config.post_norm else mixed
@@ -167,8 +172,7 @@ class Block(nn.Module):
         inner = norm(config, "mlp_norm")(read) if config.pre_norm else read
         kept, sums = self.keep or past is not None, {}
         if config.mixture:
-            # in a row of its own a token sees itself, unless it is padding
-            real = None if kept else jnp.diagonal(visible, axis1=1, axis2=2)
+            real = None if kept else _real(visible)
             changed, sums = MixtureMLP(config, name="mlp")(inner, real)
         else:
             changed = MLP(config, name="mlp")(inner)
@@ -198,8 +202,16 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
     return module.apply({"params": params}, *args)
 
 
-def _pick(leaf: Array, index: Int[Array, ""]) -> Array:
-    return jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
+def _real(visible: Visible) -> Bool[Array, "B T"]:
+    """Which tokens of whole rows are not padding: those that see themselves."""
+    return visible.segments != 0 if isinstance(visible, Rows) else jnp.diagonal(visible, axis1=1, axis2=2)
+
+
+def _pick(stacked: Any, kind: Int[Array, ""]) -> Any:
+    """What belongs to one kind of layer."""
+    if isinstance(stacked, Rows):
+        return stacked.of_kind(kind)
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, kind, keepdims=False), stacked)
 
 
 def _as_rank(leaf: Float[Array, " N"], rank: int) -> Float[Array, "..."]:

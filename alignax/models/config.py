@@ -65,6 +65,7 @@ class TransformerConfig:
     # None keeps every activation for the backward pass; a `jax.checkpoint` policy, such as
     # `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, keeps what it names and the rest is recomputed.
     remat: Any = None
+    attention: Any = None  # an `alignax.models.flash.Choice`; None: what `choose` makes of device and rows
     decode_attention: Any = None  # an `alignax.models.kernels.Choice`; None: what `choose` makes of the device
 
     def __post_init__(self):

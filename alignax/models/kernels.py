@@ -101,14 +101,20 @@ def pallas(*, interpret: bool = False) -> Choice:
     return Choice("Pallas mqa", reason, attend, slot_major=True, slots_multiple=PIECE)
 
 
-def _here() -> tuple[str, str | None]:
-    """The default platform, and what speaks against a kernel on its devices."""
+def default_platform() -> str:
+    """That of JAX's default device: "cpu", "cuda", "rocm" or "tpu"."""
     platform = jax.default_backend()
     if platform != "gpu":
+        return platform
+    return "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+
+
+def _here() -> tuple[str, str | None]:
+    """The default platform, and what speaks against a kernel on its devices."""
+    platform = default_platform()
+    if platform != "cuda":
         return platform, None
     device = jax.devices()[0]
-    if "rocm" in device.client.platform_version.lower():
-        return "rocm", None
     if float(getattr(device, "compute_capability", 0)) < 8:
         return "cuda", f"{device.device_kind} is older than what Triton compiles for (compute capability 8.0)"
     # XLA would gather the whole cache on every device. Where each device works on its own rows (`jax.shard_map`, one

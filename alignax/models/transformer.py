@@ -5,7 +5,9 @@ not grow with depth. Where layers differ in kind (a window here, other angles th
 are made once, and each layer of the scan picks those of its own. What has a cache to continue is in `decoding`.
 """
 
+import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from alignax.models import decoding, views
 from alignax.models.attention import capped, write_front
 from alignax.models.blocks import apply, norm, scanned
 from alignax.models.config import TransformerConfig
-from alignax.models.segments import segment_positions, segment_visibility
+from alignax.models.rows import Rows
+from alignax.models.segments import segment_positions
 from alignax.types import Array, Cache, Hidden, Model, Params
 
 # Tensor parallel over "model": projections into the heads and the MLP split by column, those out of them by row, the
@@ -81,13 +84,12 @@ def transformer(config: TransformerConfig) -> Model:
     ) -> Hidden:
         del key  # there is no dropout
         _check(config, tokens, segments, positions, parents, cache)
-        segments, prefill = segments.astype(jnp.int32), cache is not None and positions is None
+        prefill, placed = cache is not None and positions is None, positions is not None
         if positions is None:
-            positions = _in_order(tokens) if prefill else segment_positions(segments, parents)
+            positions = _in_order(tokens) if prefill else segment_positions(segments.astype(jnp.int32), parents)
         x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
         if cache is None or (prefill and not decoding.is_unrolled(params)):
-            visible = views.up_to(positions, tokens.shape[1]) if prefill else segment_visibility(segments, parents)
-            seen = views.of_kinds(config, positions, positions, visible)
+            seen = views.of_rows(config, segments, parents, positions, prefill=prefill, placed=placed)
             blocks = scanned(config, keep=prefill)
             x, (own, aux) = apply(blocks, params["layers"], x, *_for_scan(config, seen))
             if cache is not None:
@@ -125,8 +127,14 @@ def _for_scan(config: TransformerConfig, seen: list) -> tuple:
     """Angles, visibility and the kind of every layer: stacked where there are several kinds."""
     if len(seen) == 1:
         return (*seen[0], None)
-    angle, visible = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seen)
+    angle, visible = (_of_all_kinds(each) for each in zip(*seen))
     return angle, visible, jnp.array([config.kinds.index(kind) for kind in config.layer_kinds])
+
+
+def _of_all_kinds(each: tuple) -> Any:
+    if isinstance(each[0], Rows):  # what differs is static
+        return dataclasses.replace(each[0], windows=tuple(window for rows in each for window in rows.windows))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
 
 def _in_order(tokens: Array) -> Array:

@@ -1,12 +1,33 @@
 """What the tokens of a row see, and by which angles they turn, in each kind of layer."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from alignax.models import rope
+from alignax.models import flash, rope
 from alignax.models.config import LayerKind, TransformerConfig
-from alignax.models.segments import within_window
+from alignax.models.rows import Rows
+from alignax.models.segments import segment_visibility, within_window
 from alignax.types import Array
+
+
+def of_rows(
+    config: TransformerConfig, segments: Array, parents: Array | None, positions: Array, *, prefill: bool, placed: bool
+) -> list[tuple[Float[Array, "B T half"] | None, Any]]:
+    """The angles of each kind of layer, and what it sees in whole rows: a mask, or `Rows` where none is to be made.
+
+    segments: boolean where a row is one segment. prefill: the whole row is one, filled up or not. placed: the caller
+    gave the positions.
+    """
+    (rows, length), packed = segments.shape, segments.dtype != bool and not prefill
+    shared = parents is not None
+    choice = flash.choose(config, rows=rows, length=length, packed=packed, shared=shared, placed=placed)
+    if choice.attend is None:
+        visible = up_to(positions, length) if prefill else segment_visibility(segments.astype(jnp.int32), parents)
+        return of_kinds(config, positions, positions, visible)
+    own = (None if prefill else segments, parents, positions if placed or shared else None)
+    return [(_angles(config, kind, positions), Rows(choice.attend, (kind.window,), *own)) for kind in config.kinds]
 
 
 def of_kinds(
