@@ -135,9 +135,9 @@ def save(
     generation = {**(generation or ids), "eos_token_id": ids["eos_token_id"]}
     if eos_ids is not None:
         written["eos_token_id"] = ids["eos_token_id"]
-    with _appearing(folder) as partial:
-        _write_json(partial / "config.json", written)
-        _write_json(partial / "generation_config.json", generation)
+    with appearing(folder) as partial:
+        write_json(partial / "config.json", written)
+        write_json(partial / "generation_config.json", generation)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         tensors.write(partial, leaves, jax.tree.leaves(params), max_shard_bytes)
@@ -260,7 +260,7 @@ def _plan_params(model: Model, params: Params) -> list[tensors.Leaf]:
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A sibling that takes the folder's place when the block ends well and vanishes when it does not."""
     partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
     partial.mkdir(parents=True)
@@ -272,5 +272,6 @@ def _appearing(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as an indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -118,8 +118,21 @@ def open_folder(folder: Path) -> Iterator[dict[str, Tensor]]:
         yield tensors
 
 
-def check(folder: Path, leaves: Sequence[Leaf], tensors: Mapping[str, Tensor]) -> None:
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[dict[str, Tensor]]:
+    """Every tensor of one file.
+
+    Raises:
+      ValueError: when it is missing or broken.
+    """
+    with contextlib.ExitStack() as stack:
+        yield dict(_open(path, stack))
+
+
+def check(folder: Path, leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], *, source: str = "config.json") -> None:
     """That the folder has each tensor of each leaf, in its shape and a floating-point dtype, and no others.
+
+    source: the file that says what is expected.
 
     Raises:
       ValueError: naming all that are missing, not expected or wrong (at most eight of each).
@@ -138,7 +151,7 @@ def check(folder: Path, leaves: Sequence[Leaf], tensors: Mapping[str, Tensor]) -
         if items
     ]
     if problems:
-        raise ValueError(f"{folder}: the tensors do not fit config.json; " + "; ".join(problems))
+        raise ValueError(f"{folder}: the tensors do not fit {source}; " + "; ".join(problems))
 
 
 def read(leaf: Leaf, tensors: Mapping[str, Tensor], sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -156,10 +169,17 @@ def read(leaf: Leaf, tensors: Mapping[str, Tensor], sharding: jax.sharding.Shard
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def write(folder: Path, leaves: Sequence[Leaf], arrays: Sequence[Any], max_shard_bytes: int) -> None:
+def write(
+    folder: Path,
+    leaves: Sequence[Leaf],
+    arrays: Sequence[Any],
+    max_shard_bytes: int | None = None,
+    *,
+    single: str = _SINGLE,
+) -> None:
     """Writes model.safetensors, or numbered files of at most `max_shard_bytes` (one tensor at least) and their index.
 
-    One file is gathered on the host at a time.
+    One file is gathered on the host at a time. max_shard_bytes: None for one file, whose name is `single`.
     """
     from safetensors.numpy import save_file
 
@@ -168,9 +188,9 @@ def write(folder: Path, leaves: Sequence[Leaf], arrays: Sequence[Any], max_shard
         for name, index in zip(leaf.names, np.ndindex(*leaf.shape[: leaf.stacked])):
             parts.setdefault(name, []).append((leaf, array, index))
     tensors = [(name, _bytes(found[0][0]), _fetch(found)) for name, found in parts.items()]
-    shards = _split(tensors, max_shard_bytes)
+    shards = [tensors] if max_shard_bytes is None else _split(tensors, max_shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    files = [_SINGLE] if len(shards) == 1 else files
+    files = [single] if len(shards) == 1 else files
     for file, shard in zip(files, shards):
         (folder / file).touch()
         mode = (folder / file).stat().st_mode  # save_file would leave it readable to the owner only

@@ -95,10 +95,9 @@ def combine(base: Params, adapters: Params, config: LoraConfig, key: Array | Non
     Raises:
       ValueError: naming a path, when the adapters do not fit the base or `config`.
     """
-    leaves = dict(_leaves(base))
-    beside = _checked(leaves, adapters, config)
-    found: dict[str, Any] = {}
-    for path, leaf in beside.items():
+    check(base, adapters, config)
+    leaves, found = dict(_leaves(base)), {}
+    for path, leaf in _leaves(adapters):
         folder, _, name = path.rpartition("/")
         found[path] = leaf * config.scale if name == "lora_b" else leaf
         if name == "lora_a" and key is not None and config.dropout:
@@ -106,6 +105,34 @@ def combine(base: Params, adapters: Params, config: LoraConfig, key: Array | Non
             found[f"{folder}/lora_key"] = jax.random.split(_own_key(key, f"{folder}/kernel"), lead)
             found[f"{folder}/lora_rate"] = jnp.full(lead, config.dropout)
     return _nested(leaves | found)
+
+
+def check(base: Params, adapters: Params, config: LoraConfig) -> None:
+    """That the adapters are those that `init` makes for this base, arrays or shapes.
+
+    Raises:
+      ValueError: naming a path.
+    """
+    leaves = dict(_leaves(base))
+    if has := [path for path in leaves if path.endswith("/lora_a")]:
+        raise ValueError(f"LoRA: the base has adapters already, {has}; expected parameters without")
+    expected = {path: tuple(leaves[path].shape) for path in _full(leaves, config)}
+    for path in _targets(leaves, config):
+        *lead, inner, outer = leaves[path].shape
+        beside = path.removesuffix("kernel")
+        expected[beside + "lora_a"] = (*lead, inner, config.rank)
+        expected[beside + "lora_b"] = (*lead, config.rank, outer)
+        if config.dora:
+            expected[beside + "lora_magnitude"] = (*lead, outer)
+    found = _shapes(adapters)
+    if different := sorted(found.keys() ^ expected.keys()):
+        raise ValueError(
+            f"LoRA: only one of the adapters and what config asks for on this base has {different[:8]}; "
+            "expected the adapters that init makes"
+        )
+    for path, shape in expected.items():
+        if found[path] != shape:
+            raise ValueError(f"LoRA: adapters have {path!r} of shape {found[path]}; the base expects {shape}")
 
 
 def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
@@ -200,30 +227,6 @@ def _full(leaves: Mapping[str, Any], config: LoraConfig) -> list[str]:
     if twice := set(found) & set(_targets(leaves, config)):
         raise ValueError(f"LoRA: full {config.full!r} and targets {config.targets!r} both match {sorted(twice)}")
     return found
-
-
-def _checked(leaves: Mapping[str, Any], adapters: Params, config: LoraConfig) -> dict[str, Any]:
-    """The leaves of the adapters by path, which are those that `config` asks for beside the base's."""
-    if has := [path for path in leaves if path.endswith("/lora_a")]:
-        raise ValueError(f"combine: the base has adapters already, {has}; expected parameters without")
-    expected = {path: tuple(leaves[path].shape) for path in _full(leaves, config)}
-    for path in _targets(leaves, config):
-        *lead, inner, outer = leaves[path].shape
-        beside = path.removesuffix("kernel")
-        expected[beside + "lora_a"] = (*lead, inner, config.rank)
-        expected[beside + "lora_b"] = (*lead, config.rank, outer)
-        if config.dora:
-            expected[beside + "lora_magnitude"] = (*lead, outer)
-    found = _shapes(adapters)
-    if different := sorted(found.keys() ^ expected.keys()):
-        raise ValueError(
-            f"combine: only one of the adapters and what config asks for on this base has {different[:8]}; "
-            "expected the adapters that init makes"
-        )
-    for path, shape in expected.items():
-        if found[path] != shape:
-            raise ValueError(f"combine: adapters have {path!r} of shape {found[path]}; the base expects {shape}")
-    return dict(_leaves(adapters))
 
 
 def _leaves(tree: Params, path: str = "") -> Iterator[tuple[str, Any]]:
