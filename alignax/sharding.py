@@ -3,6 +3,10 @@
 A rule is `(regex, PartitionSpec)`; the first whose regex is found in a leaf's path ("layers/attn/q/kernel") decides.
 Optimizer state follows the same rules, because its paths end in the paths of the parameters. Axes that a rule names
 and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
+
+What is used once an update, optimizer state and a reference's parameters, may live in the host's memory instead:
+`shardings(..., host=regex)` says which leaves. `alignax.offload` updates such a state, and `alignax.train.make_update`
+fetches frozen parameters. See https://docs.jax.dev/en/latest/notebooks/host-offloading.html.
 """
 
 import math
@@ -31,11 +35,19 @@ def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), tuple(axes))
 
 
-def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules, *, host: str | None = None) -> Any:
     """The `NamedSharding` of every leaf, by the first rule that matches its path.
 
     Works on arrays and on shapes (`jax.eval_shape`), for a mesh of devices or an abstract one. A leaf with fewer axes
-    than its rule (a step counter, a factored moment) is replicated.
+    than its rule (a step counter, a factored moment) is replicated; so are the scales of a compressed state along an
+    axis that has too few of them.
+
+    Args:
+      tree: of arrays or shapes.
+      mesh: what the rules' axes are axes of.
+      rules: `(regex, PartitionSpec)`, in order.
+      host: a regex; leaves with axes whose path it is found in are kept in the host's memory (pinned, in the same
+        shards), as `host=r"^opt_state/"` of a train state or `host=""` of a reference. `jax.pmap` takes no such arrays.
 
     Raises:
       ValueError: when no rule matches a leaf, or an axis of it does not divide among the devices.
@@ -45,23 +57,50 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> Any:
         name = path_name(path)
         for pattern, spec in rules:
             if re.search(pattern, name):
-                return NamedSharding(mesh, _fit(name, leaf.shape, spec, mesh))
+                kept = host is not None and leaf.shape and re.search(host, name)
+                where = NamedSharding(mesh, _fit(name, leaf.shape, spec, mesh))
+                return where.with_memory_kind("pinned_host") if kept else where
         raise ValueError(f"shardings: no rule matches {name!r}; rules: {[pattern for pattern, _ in rules]}")
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def born_sharded(fn: Callable, mesh: Mesh, rules: Rules) -> Callable:
+def born_sharded(fn: Callable, mesh: Mesh, rules: Rules, *, host: str | None = None) -> Callable:
     """`fn` compiled so that every array it returns is created in its shards and no device ever holds a whole one.
 
-    `state = born_sharded(lambda key: TrainState.create(model.init(key), optimizer), mesh, rules)(key)`
+    `state = born_sharded(lambda key: TrainState.create(model.init(key), optimizer), mesh, rules)(key)`; `host` as in
+    `shardings`.
     """
 
     def call(*args):
-        where = shardings(jax.eval_shape(fn, *args), mesh, rules)
+        where = shardings(jax.eval_shape(fn, *args), mesh, rules, host=host)
         return jax.jit(fn, out_shardings=where)(*args)
 
     return call
+
+
+def to_device(tree: Any, after: Any = ()) -> Any:
+    """Inside `jax.jit`: the same arrays, those that lie in the host's memory copied to the device's.
+
+    The copy waits until the arrays of `after` are there; otherwise the compiler would make it as early as it can, and
+    once for a whole loop.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    if not any(map(on_host, leaves)):
+        return tree
+    held, _ = jax.lax.optimization_barrier(([x for x in leaves if on_host(x)], after))
+    fetched = iter([jax.device_put(x, jax.memory.Space.Device) for x in held])
+    return treedef.unflatten([next(fetched) if on_host(x) else x for x in leaves])
+
+
+def back(tree: Any, origin: Any) -> Any:
+    """Inside `jax.jit`: the leaves of `tree` whose counterparts in `origin` lie in the host's memory copied there."""
+    return jax.tree.map(lambda x, y: jax.device_put(x, jax.memory.Space.Host) if on_host(y) else x, tree, origin)
+
+
+def on_host(x: Any) -> bool:
+    """Whether an array, traced or not, lies in the host's memory beside a device's."""
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
@@ -128,6 +167,8 @@ def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | Ab
     for size, entry in zip(shape, entries):
         parts = math.prod(mesh.shape[axis] for axis in entry)
         if size % parts:
+            if "block_scales" in name.split("/"):  # of `precision.compressed`: few numbers
+                return _fit(name, shape, PartitionSpec(*spec[: len(spec) - 1]), mesh)
             raise ValueError(f"shardings: {name!r} of shape {shape} does not divide by {parts} as {spec} asks")
     return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from alignax import sharding
 from alignax.types import Array, LossFn, Max, Mean, Params, Scalar, Term
 
 
@@ -56,10 +57,11 @@ def make_update(
       axis_name: the axis of `jax.pmap` to sum over; None under `jax.jit`, where a sharded batch needs nothing.
 
     Returns:
-      The update. Its `batch` is a pytree whose leaves lead with B; `frozen` holds weights that are not trained;
-      `hyper` is a dict of numbers, traced, so that changing one recompiles nothing. Its metrics are scalars: those of
-      the loss function, `loss`, `loss/NAME` of each term, `grad_norm`, `skipped` (1 for a step left out) and
-      `skipped/in_a_row` (the last steps, all left out: see `stop_after_skips`).
+      The update. Its `batch` is a pytree whose leaves lead with B; `frozen` holds weights that are not trained (which
+      may lie in the host's memory, see `alignax.sharding`); `hyper` is a dict of numbers, traced, so that changing one
+      recompiles nothing. Its metrics are scalars: those of the loss function, `loss`, `loss/NAME` of each term,
+      `grad_norm`, `skipped` (1 for a step left out) and `skipped/in_a_row` (the last steps, all left out: see
+      `stop_after_skips`).
 
     Raises:
       ValueError: when a batch does not divide into the micro-batches, or must not be divided (`losses.aot`).
@@ -71,6 +73,7 @@ def make_update(
             f"make_update: microbatches={microbatches}, axis_name={axis_name!r}; the loss compares the rows of a batch "
             "with each other and cannot be split: expected 1 and None"
         )
+    loss_fn, statistics = _fetching(loss_fn), None if statistics is None else _fetching(statistics)
 
     def update(state: TrainState, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
         parts = _split(batch, microbatches)
@@ -140,6 +143,8 @@ def make_measure(
     It gives the loss function's metrics and its terms as `loss/NAME`, not yet divided: see `merge`. `statistics` as in
     `make_update`, here of the rows of one batch.
     """
+
+    loss_fn, statistics = _fetching(loss_fn), None if statistics is None else _fetching(statistics)
 
     def measure(params: Params, batch: Any, frozen: Any = None, hyper: dict[str, Scalar] | None = None):
         hyper = dict(hyper or {})
@@ -234,6 +239,11 @@ def in_parts(fn: Callable[..., Any], size: int) -> Callable[..., Any]:
     return mapped
 
 
+def _fetching(fn: Callable) -> Callable:
+    # The copy is made for each part of a batch, so that the device holds frozen weights only while it reads them.
+    return lambda params, part, frozen, hyper: fn(params, part, sharding.to_device(frozen, after=part), hyper)
+
+
 def _split(batch: Any, parts: int) -> Any:
     """Leaves [B, ...] as [parts, B / parts, ...]; strided, since a contiguous split of a sharded batch gathers it."""
 
@@ -282,12 +292,16 @@ def _accumulate(part_loss: Callable, params: Params, parts: Any, axis_name: str 
 
 def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, report: dict[str, Array]):
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    usable = jnp.isfinite(norm) & jnp.isfinite(report["loss"])
+    held = any(map(sharding.on_host, jax.tree.leaves(state.opt_state)))
+    extra = {"usable": usable} if held else {}  # `offload.offloaded` needs to know at once
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm) & jnp.isfinite(report["loss"]) & jnp.isfinite(optax.tree.norm(updates))
+    finite = usable & jnp.isfinite(optax.tree.norm(updates))
     # Float32 gradients would turn the moments of bfloat16 parameters into float32: the state keeps the dtypes it has.
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new.astype(old.dtype), old),
+        lambda new, old: new if sharding.on_host(old) else jnp.where(finite, new.astype(old.dtype), old),
         (params, opt_state),
         (state.params, state.opt_state),
     )

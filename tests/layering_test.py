@@ -29,6 +29,8 @@ LEVELS = (
         "trpo",
         "sampling",
         "sharding",
+        "precision",
+        "offload",
     },
     {"algorithms", "models", "rewards"},
     {"data", "evaluation", "io"},
