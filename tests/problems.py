@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignax import models, reduce, train
+from alignax import layouts, models, reduce, train
 from alignax.algorithms import grpo, kto, ppo, preference, reward_model, sft
 from alignax.types import Model, Params
 
@@ -101,6 +101,49 @@ def problems() -> dict[str, Problem]:
         "grpo": Problem(grpo.make_loss, rollout, frozen, {"kl_weight": 0.1, "clip_low": 0.3, "temperature": 0.8}),
         "dapo": Problem(partial(grpo.make_loss, kl=None, mean=reduce.token_mean), rollout, None, {"clip_high": 0.28}),
     }
+
+
+def in_bundles(problem: Problem, layout: Callable[[Model], Model], members: int) -> Problem:
+    """The problem with its batch in bundles of so many members, which the layout runs through the network together."""
+
+    def make(make_function):
+        return lambda model: layouts.bundled(make_function(layout(model)))
+
+    return problem._replace(
+        make_loss=make(problem.make_loss),
+        statistics=problem.statistics and make(problem.statistics),
+        batch=jax.tree.map(lambda x: np.asarray(x).reshape(-1, members, *x.shape[1:]), problem.batch),
+    )
+
+
+def packed(problem: Problem) -> Problem:
+    """Four rows, or two pairs, as one row of the network; rows of others' answers too."""
+    members = 4 if problem.batch.tokens.ndim == 2 else 2
+    return in_bundles(problem, partial(layouts.packed, width=4 * LENGTH, members=4), members)
+
+
+def with_common_prompts(problem: Problem) -> Problem:
+    """The problem with one prompt for every four rows, or for both sides of a pair."""
+
+    def common(x):
+        rows = np.array(x).reshape(-1, 4 if x.ndim == 2 else 2, x.shape[-1])
+        rows[..., :3] = rows[:, :1, :3]
+        return rows.reshape(x.shape)
+
+    names = [name for name in problem.batch._fields if name.endswith("tokens")]
+    return problem._replace(batch=problem.batch._replace(**{n: common(getattr(problem.batch, n)) for n in names}))
+
+
+def shared_prompt(problem: Problem) -> Problem:
+    """The same with that prompt run once. Rows are three columns longer, since what shares a prompt has that room."""
+    ndim = problem.batch.tokens.ndim
+
+    def longer(x):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 3)]) if x.shape[-1] == LENGTH else x
+
+    problem = problem._replace(batch=jax.tree.map(longer, problem.batch))
+    layout = partial(layouts.shared_prompt, width=3, members=4 if ndim == 2 else 2)
+    return in_bundles(problem, layout, 4 if ndim == 2 else 1)
 
 
 class Result(NamedTuple):

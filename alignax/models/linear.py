@@ -14,6 +14,7 @@ from jaxtyping import Float
 from alignax.models.config import TransformerConfig
 from alignax.types import Array, Params
 
+LINEAR = r"(^|/)layers/(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel$"  # the paths of kernels of this module
 LEAVES = ("lora_a", "lora_b", "lora_magnitude", "lora_key", "lora_rate")  # all that may lie beside a kernel
 
 
@@ -32,13 +33,18 @@ class Linear(nn.Module):
         weights = self.param("kernel", normal, shape, config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype) if self.use_bias else None
         beside = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
-        x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
-        y = _matmul(x, kernel)
+        if isinstance(weights, jax.Array):
+            x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
+            y = _matmul(x, kernel)
+        else:  # a quantised one; checkpointed, or the floats of all layers would be kept for the backward pass
+            x, bias = promote_dtype(x, bias, dtype=config.dtype)
+            y = jax.checkpoint(lambda x, weights: _matmul(x, dequantised(weights).astype(x.dtype)))(x, weights)
         if "lora_a" in beside:
             a, b = (beside[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
             y += _matmul(_matmul(_dropped(x, beside), a), b)
         if "lora_magnitude" in beside:
-            y = (y.astype(jnp.float32) * _as_rank(magnitude_ratio(weights, beside), y.ndim)).astype(y.dtype)
+            ratio = magnitude_ratio(dequantised(weights), beside)
+            y = (y.astype(jnp.float32) * _as_rank(ratio, y.ndim)).astype(y.dtype)
         return y if bias is None else y + _as_rank(bias, y.ndim)
 
 
@@ -60,12 +66,22 @@ def column_norms(kernel: Float[Array, "*L in out"]) -> Float[Array, "*L out"]:
     return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
 
 
-def merged(params: Params) -> Params:
+def dequantised(kernel: Any) -> Float[Array, "*L in out"]:
+    """A kernel as floats: those that a `qwix.QArray` stands for, any other as it is."""
+    if isinstance(kernel, jax.Array):
+        return kernel
+    import qwix
+
+    return qwix.dequantize(kernel)
+
+
+def merged(params: Params, *, quantised: bool = False) -> Params:
     """Parameters, of one layer or stacked, with every adapter added to its kernel and gone from beside it.
 
-    In float32; the result has the kernel's dtype.
+    In float32; the result has the kernel's dtype. quantised: whether quantised kernels become floats for it, or stay as
+    they are with their adapters beside them.
     """
-    if not isinstance(params, dict):
+    if not isinstance(params, dict) or (not quantised and not isinstance(params.get("kernel", 0.0), FLOATS)):
         return params
     if "lora_a" not in params:
         return {name: merged(part) for name, part in params.items()}
@@ -87,7 +103,11 @@ def _dropped(x: Array, beside: Params) -> Array:
 
 
 def _matmul(x: Array, kernel: Array) -> Array:
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # a merged axis could lose its sharding
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    # The kernel's gradient contracts all axes of x but the last. Over two of them XLA transposes both sides on a CPU,
+    # which took as long as the product.
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _as_rank(row: Array, rank: int) -> Array:

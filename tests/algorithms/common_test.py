@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import LENGTH, ROWS, assert_same, on_one_device, problems, three_updates, tiny
+from problems import (
+    LENGTH,
+    ROWS,
+    assert_same,
+    on_one_device,
+    packed,
+    problems,
+    shared_prompt,
+    three_updates,
+    tiny,
+    with_common_prompts,
+)
 
-from alignax import train
+from alignax import logprobs, train
 
 NAMES = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 
@@ -48,6 +59,26 @@ def test_padding_and_microbatches(problem, expected):
 
     padded = jax.tree.map(longer, problem.batch)
     assert_same(three_updates(problem, batch=padded, microbatches=2), expected)
+
+
+def test_packed_rows(problem, expected):
+    assert_same(three_updates(packed(problem), microbatches=2), expected)
+
+
+def test_shared_prompts(problem, run):
+    problem = with_common_prompts(problem)
+    assert_same(three_updates(shared_prompt(problem), microbatches=2), three_updates(problem, run=run))
+
+
+def test_logits_in_blocks_equal_materialised_ones(problem, expected, monkeypatch):
+    def materialised(measure, sides, arrays, chosen, *, chunk=None):
+        del chunk
+        logits = tuple(side.head(jax.vmap(lambda x, at: x[at])(side.states, side.at)) for side in sides)
+        found = measure(logits, arrays, None)
+        return {name: jnp.where(chosen, x, 0) for name, x in found.items()}
+
+    monkeypatch.setattr(logprobs, "measured", materialised)
+    assert_same(three_updates(problem), expected)
 
 
 def test_permutation(problem, expected, run):

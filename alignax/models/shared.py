@@ -1,0 +1,89 @@
+"""Rows that hold a prompt once and everything that continues it: [prompt][completion 1] ... [completion G].
+
+A mask over such a row would be mostly empty, and slower than to repeat the prompt. So it is read in three parts that
+are full: the prompt by itself, each completion by itself, and the prompt by the completions, whose averages are merged
+by the sums of their softmaxes (`attention.attend_forked`), forwards and backwards. Nothing but attention notices.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from alignax.models.attention import ForkedCache, LayerCache, attend, attend_forked
+from alignax.models.config import LayerKind, TransformerConfig
+from alignax.types import Array
+
+
+class Shared(NamedTuple):
+    """What the tokens of such rows see: of a prompt of P columns and G completions of C columns."""
+
+    prompt: Bool[Array, "B P P"]  # the prompt of itself
+    own: Bool[Array, "BG C C"]  # each completion of itself
+    of_prompt: Bool[Array, "B _ _ P"]  # the completions of the prompt, [B, G, C, P] with a 1 where all see the same
+
+    def real(self) -> Bool[Array, "B M"]:
+        """Which tokens are not padding: those that see themselves."""
+        prompt, own = (jnp.diagonal(x, axis1=1, axis2=2) for x in (self.prompt, self.own))
+        return jnp.concatenate([prompt, own.reshape(prompt.shape[0], -1)], axis=1)
+
+    def attend(
+        self,
+        queries: Float[Array, "B M H hd"],
+        cache: LayerCache,
+        *,
+        scalar: float | None = None,
+        softcap: float | None = None,
+    ) -> Float[Array, "B M H hd"]:
+        """`alignax.models.attention.attend` over the rows' own keys and values."""
+        options = {"scalar": scalar, "softcap": softcap}
+        (rows, width, _), (parts, length, _) = self.prompt.shape, self.own.shape
+        front = LayerCache(cache.keys[..., :width], cache.values[:, :, :width])
+        of_front = attend(queries[:, :width], front, self.prompt, **options)
+        heads, channels = cache.values.shape[1], cache.values.shape[3]
+        keys = cache.keys[..., width:].reshape(rows, heads, channels, -1, length).transpose(0, 3, 1, 2, 4)
+        values = cache.values[:, :, width:].reshape(rows, heads, -1, length, channels).transpose(0, 2, 1, 3, 4)
+        own = LayerCache(keys.reshape(parts, *keys.shape[2:]), values.reshape(parts, *values.shape[2:]))
+        behind = queries[:, width:].reshape(parts, length, *queries.shape[2:])
+        of_own = attend_forked(behind, ForkedCache(front, own), (self.of_prompt, self.own), **options)
+        return jnp.concatenate([of_front, of_own.reshape(rows, -1, *queries.shape[2:])], axis=1)
+
+
+def shared(
+    config: TransformerConfig, segments: Int[Array, "B M"], positions: Int[Array, "B M"], prompt: tuple[int, int]
+) -> list[Shared]:
+    """What each kind of layer shows; `prompt` is (P, G), of rows of P + G * C columns."""
+    (width, count), rows = prompt, segments.shape[0]
+
+    def split(x: Array) -> tuple[Array, Array]:
+        return x[:, :width], x[:, width:].reshape(rows * count, -1)
+
+    (front, own), (front_at, own_at) = split(segments != 0), split(positions)
+    parts = own_at.reshape(rows, count, -1, 1)
+    return [
+        Shared(
+            _causal(front, front_at, kind),
+            _causal(own, own_at, kind),
+            front[:, None, None] & (True if kind.window is None else front_at[:, None, None] > parts - kind.window),
+        )
+        for kind in config.kinds
+    ]
+
+
+def check(shape: tuple[int, ...], prompt: tuple[int, int], positions: Any, parents: Any, cache: Any) -> None:
+    """Refuses rows that are not a prompt and equal parts."""
+    width, count = prompt
+    if positions is None or parents is not None or cache is not None:
+        raise ValueError(f"transformer: {prompt=} wants positions, and neither parents nor a cache")
+    if width < 1 or count < 1 or shape[1] <= width or (shape[1] - width) % count:
+        raise ValueError(
+            f"transformer: rows of {shape[1]} tokens, prompt={prompt}; expected a prompt of the first number and the "
+            "second number of equal parts behind it"
+        )
+
+
+def _causal(real: Bool[Array, "R T"], positions: Int[Array, "R T"], kind: LayerKind) -> Bool[Array, "R T T"]:
+    seen = jnp.tril(jnp.ones((real.shape[1],) * 2, bool))[None] & real[:, None]
+    if kind.window is None:
+        return seen
+    return seen & (positions[:, None, :] > positions[:, :, None] - kind.window)
