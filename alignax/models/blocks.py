@@ -12,10 +12,13 @@ from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, 
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import Linear
 from alignax.models.moe import MixtureMLP
+from alignax.models.remat import named
 from alignax.models.rows import Rows
+from alignax.models.shared import Shared
 from alignax.types import Array, Params
 
-# Bool [*K, B, T, S], or `Rows` where whole rows need no mask; with a forked cache the two of `attend_forked`; for a
+# Bool [*K, B, T, S], `Rows` where whole rows need no mask, or `Shared` where they hold a prompt and all that continues
+# it; with a forked cache the two of `attend_forked`; for a
 # kernel of one token its `Spans`.
 Visible = Any
 
@@ -92,6 +95,7 @@ class Attention(nn.Module):
 
         q, k = heads("q", config.num_heads, True), heads("k", config.num_kv_heads, True)
         v = heads("v", config.num_kv_heads, False)
+        q, k, v = (named(x, "qkv") for x in (q, k, v))
         if past is None or slots is None:
             cache = as_cache(k, v)
         elif isinstance(past, ForkedCache):
@@ -109,12 +113,14 @@ def _mix(
     options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
     if isinstance(visible, Rows):
         return visible.attend(queries, cache, **options)
+    if isinstance(visible, Shared):
+        return named(visible.attend(queries, cache, **options), "attended")
     chosen = kernels.choose(config).attend
     if chosen is not None and isinstance(visible, kernels.Spans):
         return chosen(queries, cache, visible, **options)
     if isinstance(cache, ForkedCache):
         return attend_forked(queries, cache, visible, **options)
-    return attend(queries, cache, visible, **options)
+    return named(attend(queries, cache, visible, **options), "attended")
 
 
 class MLP(nn.Module):
@@ -135,7 +141,7 @@ class MLP(nn.Module):
             inner = activation(gate) * dense(config.intermediate_size, "up")(x)
         else:
             inner = activation(dense(config.intermediate_size, "up")(x))
-        return dense(config.hidden_size, "down")(inner)
+        return dense(config.hidden_size, "down")(named(inner, "mlp_inner"))
 
 
 class Block(nn.Module):
@@ -162,11 +168,12 @@ class Block(nn.Module):
 
         kind: which of the K kinds of layer it is; None: `angle` and `visible` have no such axis.
         """
-        config = self.config
+        config, x = self.config, named(x, "block_input")
         if kind is not None:
             angle, visible = _pick(angle, kind), _pick(visible, kind)
         inner = norm(config, "attn_norm")(x) if config.pre_norm else x
         mixed, cache = Attention(config, name="attn")(inner, angle, visible, past, slots)
+        mixed = named(mixed, "attn_out")
         mixed = norm(config, "attn_post_norm")(mixed) if config.post_norm else mixed
         read = x if config.parallel else x + mixed
         inner = norm(config, "mlp_norm")(read) if config.pre_norm else read
@@ -176,6 +183,7 @@ class Block(nn.Module):
             changed, sums = MixtureMLP(config, name="mlp")(inner, real)
         else:
             changed = MLP(config, name="mlp")(inner)
+        changed = named(changed, "mlp_out")
         changed = norm(config, "mlp_post_norm")(changed) if config.post_norm else changed
         return x + mixed + changed, (cache if kept else None, sums)
 
@@ -204,6 +212,8 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 def _real(visible: Visible) -> Bool[Array, "B T"]:
     """Which tokens of whole rows are not padding: those that see themselves."""
+    if isinstance(visible, Shared):
+        return visible.real()
     return visible.segments != 0 if isinstance(visible, Rows) else jnp.diagonal(visible, axis1=1, axis2=2)
 
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from alignax.models import decoding, views
+from alignax.models import decoding, shared, views
 from alignax.models.attention import capped, write_front
 from alignax.models.blocks import apply, norm, scanned
 from alignax.models.config import TransformerConfig
@@ -31,9 +31,9 @@ RULES = (
     (r"(^|/)head/kernel$", P(None, "model")),
     (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "model")),
     (r"(^|/)experts/down/kernel$", P(None, None, "model", None)),
-    (r"(^|/)(q|k|v|gate|up)/(kernel|lora_b)$", P(None, None, "model")),
+    (r"(^|/)(q|k|v|gate|up)/(kernel(/qvalue|/scale)?|lora_b)$", P(None, None, "model")),
     (r"(^|/)(q|k|v|gate|up)/(bias|lora_magnitude)$", P(None, "model")),
-    (r"(^|/)(o|down)/(kernel|lora_a)$", P(None, "model", None)),
+    (r"(^|/)(o|down)/(kernel(/qvalue)?|lora_a)$", P(None, "model", None)),
     (r".*", P()),
 )
 
@@ -49,6 +49,9 @@ def transformer(config: TransformerConfig) -> Model:
     of row r is written to slot `positions[r, t]`. Either way a token sees every slot up to its own, whatever `segments`
     says: rows are contiguous, so those are filled, and the padding of a ragged prefill is overwritten before any
     position reaches it. A forked cache takes the rows that continue its prompts, and `positions` count on from these.
+
+    With `prompt=(P, G)` a row is a prompt of P columns and behind it G equal parts, each of which continues it: see
+    `alignax.models.shared`, and `alignax.layouts.shared_prompt`, which makes such rows.
 
     `Hidden.aux` of a mixture of experts, without a cache, holds what `alignax.losses.load_balancing` reads: the sums of
     `alignax.models.moe.router_sums` for every layer, and "router_rows" [], the layers times the tokens in them.
@@ -81,15 +84,21 @@ def transformer(config: TransformerConfig) -> Model:
         parents: Int[Array, "B T"] | None = None,
         cache: Cache = None,
         key: Array | None = None,
+        prompt: tuple[int, int] | None = None,
     ) -> Hidden:
         del key  # there is no dropout
         _check(config, tokens, segments, positions, parents, cache)
+        if prompt is not None:
+            shared.check(tokens.shape, prompt, positions, parents, cache)
         prefill, placed = cache is not None and positions is None, positions is not None
         if positions is None:
             positions = _in_order(tokens) if prefill else segment_positions(segments.astype(jnp.int32), parents)
         x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
         if cache is None or (prefill and not decoding.is_unrolled(params)):
-            seen = views.of_rows(config, segments, parents, positions, prefill=prefill, placed=placed)
+            if prompt is not None:
+                seen = views.of_shared(config, segments, positions, prompt)
+            else:
+                seen = views.of_rows(config, segments, parents, positions, prefill=prefill, placed=placed)
             blocks = scanned(config, keep=prefill)
             x, (own, aux) = apply(blocks, params["layers"], x, *_for_scan(config, seen))
             if cache is not None:

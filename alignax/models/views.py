@@ -9,6 +9,7 @@ from alignax.models import flash, rope
 from alignax.models.config import LayerKind, TransformerConfig
 from alignax.models.rows import Rows
 from alignax.models.segments import segment_visibility, within_window
+from alignax.models.shared import Shared, shared
 from alignax.types import Array
 
 
@@ -28,6 +29,14 @@ def of_rows(
         return of_kinds(config, positions, positions, visible)
     own = (None if prefill else segments, parents, positions if placed or shared else None)
     return [(_angles(config, kind, positions), Rows(choice.attend, (kind.window,), *own)) for kind in config.kinds]
+
+
+def of_shared(
+    config: TransformerConfig, segments: Array, positions: Array, prompt: tuple[int, int]
+) -> list[tuple[Float[Array, "B T half"] | None, Shared]]:
+    """The angles of each kind of layer, and what it sees in rows that hold a prompt and all that continues it."""
+    seen = shared(config, segments, positions, prompt)
+    return [(_angles(config, kind, positions), own) for kind, own in zip(config.kinds, seen)]
 
 
 def of_kinds(
