@@ -35,6 +35,7 @@ from jaxtyping import Float
 from alignax.models import kernels, tiled
 from alignax.models.attention import LayerCache
 from alignax.models.config import TransformerConfig
+from alignax.models.remat import named
 from alignax.models.rows import Rows
 from alignax.types import Array
 
@@ -87,7 +88,7 @@ def choose(
         return plain(f"a row of {length} tokens is short")
     against = _unfit(config, shared, placed)
     if platform == "tpu":
-        against = against or _unfit_for_splash(config) or _unsplit(config, rows, here)
+        against = against or _unsplit(config, rows, here)
         return tiles(against) if against else splash()
     if platform == "cuda":
         against = against or _unfit_for_gpu(config)
@@ -189,7 +190,7 @@ def attend_triton(
         sm_scale = (width if scalar is None else scalar) ** -0.5
         arrays = (_filled(x.astype(queries.dtype), size, axis=1) for x in (queries, *repeated))
         mixed = _triton().mha(*arrays, ids, sm_scale, True, block_sizes=blocks, interpret=interpret)
-        return mixed[:, :length]
+        return named(mixed[:, :length], "attended")
 
     return _on_own_rows(attend, queries, cache, rows.segments)
 
@@ -214,7 +215,7 @@ def attend_cudnn(
     keys, values = (x.swapaxes(1, 2).astype(queries.dtype) for x in _head_major(cache))
     # At least 1: what a row without tokens would get is not defined.
     lengths = None if rows.segments is None else jnp.maximum(jnp.sum(rows.segments != 0, axis=1, dtype=jnp.int32), 1)
-    return jax.nn.dot_product_attention(
+    mixed = jax.nn.dot_product_attention(
         queries,
         keys,
         values,
@@ -225,6 +226,7 @@ def attend_cudnn(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+    return named(mixed, "attended")
 
 
 def _refuse(name: str, rows: Rows, window: int | None) -> None:
@@ -321,10 +323,6 @@ def _unfit(config: TransformerConfig, shared: bool, placed: bool) -> str | None:
     if placed and any(kind.window is not None for kind in config.kinds):
         return "the kernels' windows count columns, and positions are given"
     return None
-
-
-def _unfit_for_splash(config: TransformerConfig) -> str | None:
-    return None if config.head_dim % 64 == 0 else f"splash takes heads of 64, 128, 192 ..., head_dim={config.head_dim}"
 
 
 def _unfit_for_gpu(config: TransformerConfig) -> str | None:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from alignax.models.config import TransformerConfig
+from alignax.models.remat import named
 from alignax.types import Array
 
 _LARGEST_BLOCK = 128
@@ -82,7 +83,8 @@ class _Experts(nn.Module):
 
             rows = rows.at[blocks.tokens].get(mode="fill", fill_value=0)
             rows = rows.reshape(blocks.experts.shape[0], -1, outer)
-            rows = product(config.activation(product(rows, "gate")) * product(rows, "up"), "down")
+            inner = config.activation(product(rows, "gate")) * product(rows, "up")
+            rows = product(named(inner, "mlp_inner"), "down")
             chosen_rows = rows.reshape(-1, outer)[blocks.slots]
             mixed = jnp.einsum("nkd,nk->nd", chosen_rows, weights.reshape(chosen.shape).astype(config.dtype))
             return mixed.reshape(x.shape)

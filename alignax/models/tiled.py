@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from alignax.models import attention
 from alignax.models.attention import LayerCache
+from alignax.models.remat import named
 from alignax.models.rows import Rows
 from alignax.types import Array
 
@@ -53,7 +54,8 @@ def attend(
                 for stop, part in _in_parts(tiles)
             ]
         )
-    return mixed.swapaxes(0, 1).reshape(len(queries), -1, *queries.shape[2:])[:, :length]
+    mixed = mixed.swapaxes(0, 1).reshape(len(queries), -1, *queries.shape[2:])[:, :length]
+    return named(mixed, "attended")
 
 
 _again = partial(jax.checkpoint, prevent_cse=False)  # a loop already prevents it
