@@ -6,6 +6,7 @@ from alignax.data import formats as formats
 from alignax.data import masks as masks
 from alignax.data import packing as packing
 from alignax.data import pairing as pairing
+from alignax.data import reference_cache as reference_cache
 from alignax.data import rollouts as rollouts
 from alignax.data import selection as selection
 from alignax.data import text as text
