@@ -16,6 +16,7 @@ import jax
 
 from alignax.io import families, hf, score, tensors
 from alignax.models import LoraConfig, TransformerConfig, lora
+from alignax.models.linear import LINEAR
 from alignax.types import Model, Params
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -109,7 +110,7 @@ def _places(model: Model) -> dict[str, tensors.Place]:
     names = {
         path: name if isinstance(name, tensors.Place) else tensors.Place(name, True) for path, name in names.items()
     }
-    return {path: place for path, place in names.items() if re.search(lora.LINEAR, path) or path == _SCORE}
+    return {path: place for path, place in names.items() if re.search(LINEAR, path) or path == _SCORE}
 
 
 def _adapter_places(places: Mapping[str, tensors.Place], adapters: Params) -> dict[str, tensors.Place]:
@@ -152,7 +153,7 @@ def _targets(path: Path, found: Mapping[str, Any], places: Mapping[str, tensors.
     if not there:
         raise ValueError(f"{path}: holds no adapters of the model's projections: {sorted(found)[:4]}")
     names = "|".join(re.escape(kernel.removesuffix("/kernel").removeprefix("backbone/")) for kernel in there)
-    return lora.LINEAR if len(there) == len(kernels) else f"(^|/)({names})/kernel$"
+    return LINEAR if len(there) == len(kernels) else f"(^|/)({names})/kernel$"
 
 
 def _config(path: Path, source: Mapping[str, Any], *, scored: bool) -> LoraConfig:

@@ -5,6 +5,8 @@ of the layer, so that no sum W + a b is ever made. See "LoRA: Low-Rank Adaptatio
 (https://arxiv.org/abs/2106.09685); `alignax.models.lora` makes these leaves, the scale already in b.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -33,12 +35,12 @@ class Linear(nn.Module):
         weights = self.param("kernel", normal, shape, config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype) if self.use_bias else None
         beside = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
-        if isinstance(weights, jax.Array):
-            x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
-            y = _matmul(x, kernel)
-        else:  # a quantised one; checkpointed, or the floats of all layers would be kept for the backward pass
+        if is_quantised(weights):  # checkpointed, or the floats of all layers would be kept for the backward pass
             x, bias = promote_dtype(x, bias, dtype=config.dtype)
             y = jax.checkpoint(lambda x, weights: _matmul(x, dequantised(weights).astype(x.dtype)))(x, weights)
+        else:
+            x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
+            y = _matmul(x, kernel)
         if "lora_a" in beside:
             a, b = (beside[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
             y += _matmul(_matmul(_dropped(x, beside), a), b)
@@ -66,10 +68,15 @@ def column_norms(kernel: Float[Array, "*L in out"]) -> Float[Array, "*L out"]:
     return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2))
 
 
+def is_quantised(kernel: Any) -> bool:
+    """Whether it is a `qwix.QArray`, see `alignax.models.quantised`."""
+    return hasattr(kernel, "qvalue")
+
+
 def dequantised(kernel: Any) -> Float[Array, "*L in out"]:
-    """A kernel as floats: those that a `qwix.QArray` stands for, any other as it is."""
-    if isinstance(kernel, jax.Array):
-        return kernel
+    """A kernel as floats: those that a quantised one stands for, any other as it is."""
+    if not is_quantised(kernel):
+        return jnp.asarray(kernel)
     import qwix
 
     return qwix.dequantize(kernel)
@@ -78,13 +85,14 @@ def dequantised(kernel: Any) -> Float[Array, "*L in out"]:
 def merged(params: Params, *, quantised: bool = False) -> Params:
     """Parameters, of one layer or stacked, with every adapter added to its kernel and gone from beside it.
 
-    In float32; the result has the kernel's dtype. quantised: whether quantised kernels become floats for it, or stay as
-    they are with their adapters beside them.
+    In float32; the result has the kernel's dtype. quantised: whether quantised kernels become floats, or stay as they
+    are with their adapters beside them.
     """
-    if not isinstance(params, dict) or (not quantised and not isinstance(params.get("kernel", 0.0), FLOATS)):
+    if not isinstance(params, dict) or (is_quantised(params.get("kernel")) and not quantised):
         return params
+    params = {name: dequantised(part) if is_quantised(part) else part for name, part in params.items()}
     if "lora_a" not in params:
-        return {name: merged(part) for name, part in params.items()}
+        return {name: merged(part, quantised=quantised) for name, part in params.items()}
     kernel = params["kernel"].astype(jnp.float32)
     kernel += jnp.matmul(*(params[name].astype(jnp.float32) for name in ("lora_a", "lora_b")))
     if "lora_magnitude" in params:

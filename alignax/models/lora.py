@@ -25,9 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from alignax.models import linear
+from alignax.models.linear import LINEAR
 from alignax.types import Array, Params
-
-LINEAR = r"(^|/)layers/(attn/(q|k|v|o)|mlp/(gate|up|down))/kernel$"  # what has a place for adapters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +82,7 @@ def init(key: Array, base: Params, config: LoraConfig) -> Params:
         found[beside + "lora_a"] = jax.random.uniform(own, (*lead, inner, config.rank), minval=-bound, maxval=bound)
         found[beside + "lora_b"] = jnp.zeros((*lead, config.rank, outer))
         if config.dora:
-            found[beside + "lora_magnitude"] = linear.column_norms(leaves[path])
+            found[beside + "lora_magnitude"] = linear.column_norms(linear.dequantised(leaves[path]))
     return _nested(found)
 
 
@@ -138,10 +137,12 @@ def check(base: Params, adapters: Params, config: LoraConfig) -> None:
 def merge(base: Params, adapters: Params, config: LoraConfig) -> Params:
     """The base with the adapters added to its kernels, for export: float32 arithmetic, the dtypes of the base.
 
+    Quantised kernels become floats.
+
     Raises:
       ValueError: as `combine`.
     """
-    return linear.merged(combine(base, adapters, config))
+    return linear.merged(combine(base, adapters, config), quantised=True)
 
 
 def adapted(fn: Callable[..., Any], config: LoraConfig, *, reference: bool = True) -> Callable[..., Any]:
