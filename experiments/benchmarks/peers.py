@@ -14,14 +14,10 @@ where the repeated one costs 5.5; the layers' parameters, sliced from their stac
 token; one pass for the maximum and one for the sum are all that a draw needs when nothing is filtered.
 """
 
-import argparse
 import json
-import pathlib
-import statistics
-import subprocess
 import sys
-import time
-from typing import Any
+
+import turns
 
 SHAPE = {"vocab": 8192, "width": 256, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 64, "mlp": 688}
 PROMPTS, GROUP, NEW = 4, 8, 128
@@ -29,60 +25,28 @@ PROMPTS, GROUP, NEW = 4, 8, 128
 
 def main():
     """Parses the command line; measures in turns, or is one of the processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transformers", help="interpreter that has torch and transformers")
-    parser.add_argument("--tunix", help="interpreter that has google-tunix")
+    parser = turns.parser(__doc__)
+    turns.add_processes(parser, WORKERS, transformers="torch and transformers", tunix="google-tunix")
     parser.add_argument("--prompt-length", type=int, default=64, help="tokens of each prompt (default: 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each library (default: 3)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a process (default: 3)")
-    parser.add_argument("--least-gflops", type=float, default=400, help="a slower probe voids a round (default: 400)")
-    parser.add_argument("--json", type=pathlib.Path, help="write the readings here as well")
-    parser.add_argument("--worker", choices=[*WORKERS, "probe"], help="be one of the timed processes")
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(probe() if args.worker == "probe" else seconds(WORKERS[args.worker](args), args.repeats)))
-        return
-    report = measure(args)
-    print(table(report))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.worker == "probe":
+        print(json.dumps(probe()))
+    elif args.worker:
+        generate = WORKERS[args.worker](args)
+        generate()  # compiles
+        print(json.dumps(turns.seconds(generate, args.repeats)))
+    else:
+        report = measure(args)
+        turns.publish(report, table(report), args.json)
 
 
 def measure(args) -> dict:
     """All rounds: every library once in each, between probes."""
     pythons = {"alignax": sys.executable, "transformers": args.transformers, "tunix": args.tunix}
     options = ["--prompt-length", str(args.prompt_length), "--repeats", str(args.repeats)]
-    rounds = []
-    for _ in range(args.rounds):
-        probes, found = [run(sys.executable, "probe", [])], {}
-        for name, python in pythons.items():
-            if python:
-                found[name] = statistics.median(run(python, name, options))
-                probes.append(run(sys.executable, "probe", []))
-        steady = max(probes) <= 1.1 * min(probes) and min(probes) >= args.least_gflops
-        rounds.append({"seconds": found, "probe_gflops": probes, "counts": steady})
-        print(f"probes {[round(x) for x in probes]}, seconds {found}, {'counts' if steady else 'void'}", flush=True)
+    runs = turns.processes(__file__, pythons, options)
+    rounds = turns.rounds(runs, lambda: turns.process(sys.executable, __file__, "probe", []), args)
     return {"prompt_length": args.prompt_length, "rounds": rounds}
-
-
-def run(python: str, worker: str, options: list[str]) -> Any:
-    """What one process prints on its last line."""
-    command = [python, __file__, "--worker", worker, *options]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{found.stderr[-2000:]}")
-    return json.loads(found.stdout.strip().splitlines()[-1])
-
-
-def seconds(generate, repeats: int) -> list[float]:
-    """Times of `generate()`, after one that compiles."""
-    generate()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        generate()
-        found.append(time.perf_counter() - start)
-    return found
 
 
 def probe() -> float:
@@ -123,35 +87,14 @@ def transformers_rollout(args):
 
 def tunix_rollout(args):
     """Its sampler, which takes text: words of one token each."""
-    import random
-
-    from flax import nnx
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    import tunix_peer
+    import words
     from tunix.generate import sampler  # pyright: ignore[reportMissingImports]
-    from tunix.models.llama3 import model  # pyright: ignore[reportMissingImports]
 
-    words = {f"w{i}": i for i in range(SHAPE["vocab"] - 3)}
-    words |= {token: len(words) + i for i, token in enumerate(("<pad>", "<eos>", "<bos>"))}
-    vocabulary = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, **special)
-    config = model.ModelConfig(
-        num_layers=SHAPE["layers"],
-        vocab_size=SHAPE["vocab"],
-        embed_dim=SHAPE["width"],
-        hidden_dim=SHAPE["mlp"],
-        num_heads=SHAPE["heads"],
-        head_dim=SHAPE["head_dim"],
-        num_kv_heads=SHAPE["kv_heads"],
-        rope_theta=10_000,
-        norm_eps=1e-5,
-    )
     size = {"num_layers": SHAPE["layers"], "num_kv_heads": SHAPE["kv_heads"], "head_dim": SHAPE["head_dim"]}
     cache = sampler.CacheConfig(cache_size=args.prompt_length + NEW + 64, **size)
-    engine = sampler.Sampler(model.Llama3(config, rngs=nnx.Rngs(0)), tokenizer, cache)
-    prompts = [" ".join(f"w{random.randrange(8000)}" for _ in range(args.prompt_length - 1)) for _ in range(PROMPTS)]
+    engine = sampler.Sampler(tunix_peer.llama(SHAPE), words.tokenizer(SHAPE["vocab"]), cache)
+    prompts = [words.text(SHAPE["vocab"], args.prompt_length - 1) for _ in range(PROMPTS)]
     prompts = [prompt for prompt in prompts for _ in range(GROUP)]
     options = {"max_generation_steps": NEW, "max_prompt_length": args.prompt_length, "temperature": 1.0, "top_p": 1.0}
 
@@ -167,15 +110,12 @@ WORKERS = {"alignax": alignax_rollout, "transformers": transformers_rollout, "tu
 
 def table(report: dict) -> str:
     """The medians of the rounds that count, and their ratios to alignax."""
-    counted = [found for found in report["rounds"] if found["counts"]]
-    lines = [
-        f"{PROMPTS} prompts of {report['prompt_length']} x {GROUP} completions of {NEW} tokens; "
-        f"{len(counted)} of {len(report['rounds'])} rounds count"
-    ]
-    for name in report["rounds"][0]["seconds"] if counted else ():
-        median = statistics.median(found["seconds"][name] for found in counted)
-        ratio = statistics.median(found["seconds"][name] / found["seconds"]["alignax"] for found in counted)
-        lines.append(f"{name:14}{median:8.3f} s{PROMPTS * GROUP * NEW / median:10.0f} tokens/s{ratio:7.2f} x alignax")
+    rounds = report["rounds"]
+    about = f"{PROMPTS} prompts of {report['prompt_length']} x {GROUP} completions of {NEW} tokens"
+    lines, ratios = [f"{about}; {turns.tally(rounds)}"], turns.ratios(rounds, "alignax")
+    for name, median in turns.medians(rounds).items():
+        rate = PROMPTS * GROUP * NEW / median
+        lines.append(f"{name:14}{median:8.3f} s{rate:10.0f} tokens/s{ratios[name]:7.2f} x alignax")
     return "\n".join(lines)
 
 
