@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alignax import data, sampling, sharding, train
+from alignax import data, precision, sampling, sharding, train
 from alignax.data import text, truncation
 from alignax.io import hf
+from alignax.offload import offloaded
 
 Schedule = Literal["constant", "linear", "cosine"]
 Truncate = Literal["keep_start", "keep_end", "drop", "refuse"]
@@ -95,18 +96,24 @@ def make_optimizer(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    bits: int = 32,
+    offload: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW on gradients clipped to a global norm, with the schedule of `make_schedule` and the mask of `decay_mask`.
 
-    `max_grad_norm` 0 clips nothing. "Decoupled Weight Decay Regularization", Loshchilov and Hutter, arXiv:1711.05101.
+    `max_grad_norm` 0 clips nothing. `bits` below 32 are those of its moments (`precision.compressed`), and `offload`
+    lets them live in the host's memory (`offload.offloaded`, and `host` of `create_state`). "Decoupled Weight Decay
+    Regularization", Loshchilov and Hutter, arXiv:1711.05101.
     """
     rate = make_schedule(learning_rate, steps=steps, warmup=warmup, schedule=schedule, final=final)
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
-    return optax.chain(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
+    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+    adamw = adamw if bits == 32 else precision.compressed(adamw, bits=bits)
+    return optax.chain(clip, offloaded(adamw) if offload else adamw)
 
 
-def optimizer_of(config: Any) -> optax.GradientTransformation:
-    """The same by the fields of a Config whose every step is one update."""
+def optimizer_of(config: Any, **options: Any) -> optax.GradientTransformation:
+    """The same by the fields of a Config whose every step is one update, with further options."""
     return make_optimizer(
         config.learning_rate,
         steps=config.steps,
@@ -114,14 +121,25 @@ def optimizer_of(config: Any) -> optax.GradientTransformation:
         schedule=config.schedule,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        **options,
     )
 
 
 def create_state(
-    params: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: sharding.Rules, *, seed: int
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    rules: sharding.Rules,
+    *,
+    seed: int,
+    offload: bool = False,
 ) -> train.TrainState:
-    """A train state on the mesh, sharded by the rules; it holds copies, so that `params` can stay the reference."""
-    create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules)
+    """A train state on the mesh, sharded by the rules; it holds copies, so that `params` can stay the reference.
+
+    With `offload` the optimizer's part is in the host's memory.
+    """
+    host = r"^opt_state/" if offload else None
+    create = sharding.born_sharded(lambda p, key: train.TrainState.create(p, optimizer, key), mesh, rules, host=host)
     return create(params, jax.random.key(seed))
 
 

@@ -17,9 +17,9 @@ TensorBoard scalars, curves.png, config.json.
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import checks
 import common
@@ -32,6 +32,7 @@ import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import preference
+from alignax.data import reference_cache
 from alignax.io import hf
 from alignax.types import Model
 
@@ -73,6 +74,10 @@ class Config:
     """How far it moves towards the policy, for soft and ema."""
     stages: int = 2
     """Parts of the data, for sdpo."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, before training, and hold no reference in memory afterwards."""
+    cache_reference: pathlib.Path | None = None
+    """The same, kept in this .safetensors file for later runs; refused for another model, tokenizer or other pairs."""
     steps: int = 200
     """Updates."""
     batch_size: int = 16
@@ -101,6 +106,10 @@ class Config:
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
+    optimizer_bits: Literal[32, 16, 8] = 32
+    """Of AdamW's moments: float32, bfloat16, or eight bits with a scale for each block."""
+    offload: bool = False
+    """Keep AdamW's moments in the host's memory; each update fetches them, leaf by leaf."""
     model_axis: int = 1
     """Devices over which each layer is split; the others take different pairs."""
     seed: int = 0
@@ -163,10 +172,59 @@ def check_loss(config: Config, mesh: jax.sharding.Mesh) -> tuple[pairwise.Object
     checks.check_ranges(config, least=least, most=most)
     if config.reference != "fixed" and not objective.reference:
         raise ValueError(f"reference={config.reference!r}: {config.loss} has no reference; expected fixed")
+    check_cached(config, objective)
     if config.microbatches > 1 and losses.needs_whole_batch(objective.loss):
         raise ValueError(f"microbatches={config.microbatches}: {config.loss} compares all pairs of a batch; expected 1")
     weight = objective.nll_weight if config.nll_weight is None else config.nll_weight or None
     return objective._replace(nll_weight=weight), hyper | pairwise.STILL.get(config.loss, {})
+
+
+def check_cached(config: Config, objective: pairwise.Objective) -> None:
+    """Refuses to keep log-probabilities of a reference that moves, or that do not say all a loss needs to know."""
+    if not (config.precompute_reference or config.cache_reference):
+        return
+    said = (
+        "precompute_reference" if config.cache_reference is None else f"cache_reference={str(config.cache_reference)!r}"
+    )
+    if not objective.reference:
+        raise ValueError(f"{said}: {config.loss} has no reference")
+    if config.reference != "fixed":
+        raise ValueError(f"{said}: the reference moves, reference={config.reference!r}; expected fixed")
+    if more := {"forward_kl", "degraded_logp"} & set(losses.needed(objective.loss)):
+        raise ValueError(f"{said}: {config.loss} needs {sorted(more)}, not only log-probabilities of the pairs")
+
+
+def place_pairs(
+    batch: Mapping[str, Any], mesh: jax.sharding.Mesh, known: reference_cache.Rows | None = None
+) -> preference.Batch:
+    """A batch on the devices, with what is known of the reference."""
+    batch = batch if known is None else reference_cache.fill(batch, known)
+    return sharding.shard_batch(preference.Batch(**batch), mesh)
+
+
+def reference_rows(
+    config: Config, loaded: hf.Loaded, batches: Callable, mesh: jax.sharding.Mesh
+) -> reference_cache.Rows | None:
+    """What the reference says of all pairs: computed, or read from the file if there is one; None unless asked for.
+
+    `batches()` gives every pair once. A pair that the file lacks is an error now, not in the middle of the run.
+    """
+    file = config.cache_reference
+    if not (config.precompute_reference or file):
+        return None
+    key = None if file is None else reference_cache.key(loaded.params, loaded.tokenizer, loaded.model.config)
+    if file is not None and key is not None and file.exists():
+        rows = reference_cache.read(file, key)
+    else:
+        logprobs = jax.jit(partial(preference.logprobs, loaded.model))
+        everything = (batch for batch, _ in batches())
+        rows = reference_cache.collect(lambda batch: logprobs(loaded.params, place_pairs(batch, mesh)), everything)
+        if file is not None and key is not None:
+            reference_cache.write(file, key, rows)
+    for batch, _ in batches():
+        reference_cache.fill(batch, rows)
+    print(f"reference: log-probabilities of {len(rows)} completions" + (f"; {file}" if file else ""))
+    return rows
 
 
 def make_steps(
@@ -203,16 +261,17 @@ def main(config: Config) -> dict[str, float]:
     plain = [row.pair for row in pairs]
     print("training pairs:", data.batching.statistics(plain, batch_size=config.batch_size, buckets=buckets))
 
+    known = reference_rows(config, loaded, partial(batches, pairs + held_out, seed=None, epochs=1), mesh)
+    place = partial(place_pairs, mesh=mesh, known=known)
     steps = max(count for _, count in stages(config, pairs))  # a stage of sDPO has a schedule of its own
-    optimizer = common.optimizer_of(dataclasses.replace(config, steps=steps))
-    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    frozen = {"reference": loaded.params} if objective.reference else None
+    where = {"offload": config.offload}
+    optimizer = common.optimizer_of(dataclasses.replace(config, steps=steps), bits=config.optimizer_bits, **where)
+    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed, **where)
+    frozen = {"reference": loaded.params} if objective.reference and known is None else None
+    loaded = loaded._replace(params=None)  # so that nothing holds what nothing reads
     update, measure, prepare = make_steps(config, objective, loaded.model, optimizer)
     follow = jax.jit(partial(train.ema_every, **pairwise.schedule(config)))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
-
-    def place(batch):
-        return sharding.shard_batch(preference.Batch(**batch), mesh)
 
     def evaluate() -> dict[str, jax.Array]:
         everything = batches(held_out, seed=None, epochs=1)
@@ -227,7 +286,8 @@ def main(config: Config) -> dict[str, float]:
         for stage, (rows, count) in enumerate(stages(config, pairs)):
             if stage > 0:  # sDPO
                 frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
-                state = state._replace(opt_state=optimizer.init(state.params))
+                kept = jax.tree.map(lambda x: x.sharding, state.opt_state)
+                state = state._replace(opt_state=jax.device_put(optimizer.init(state.params), kept))
             for batch, _ in itertools.islice(batches(rows, seed=config.seed), count):
                 step, batch, now = step + 1, place(batch), hyper
                 if prepare is not None:
