@@ -1,6 +1,7 @@
 """Language models as `Model`s: the shipped transformer and adapters for any other network."""
 
 from alignax.models import lora as lora
+from alignax.models import planning as planning
 from alignax.models import quantised as quantised
 from alignax.models.activations import gelu as gelu
 from alignax.models.activations import gelu_tanh as gelu_tanh
