@@ -3,7 +3,9 @@
 optax holds a first moment in bfloat16 (`mu_dtype`) and nothing in eight bits. An optimizer is wrapped instead, so that
 its every moment is kept small between updates and is float32 within them:
 
-    optimizer = precision.compressed(optax.adamw(1e-5), bits=8)
+    optimizer = leafwise.leafwise(precision.compressed(optax.adamw(1e-5), bits=8))
+
+`alignax.leafwise` sees to it that not all of the state is float32 at once, which it would be in eight bits.
 
 Rounding is stochastic, up or down with the probabilities that keep the mean. A second moment of decay 0.999 changes by
 a thousandth of itself, which is less than half a step of bfloat16: rounded to the nearest it would never fall again.

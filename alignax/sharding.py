@@ -5,7 +5,7 @@ Optimizer state follows the same rules, because its paths end in the paths of th
 and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
 
 What is used once an update, optimizer state and a reference's parameters, may live in the host's memory instead:
-`shardings(..., host=regex)` says which leaves. `alignax.offload` updates such a state, and `alignax.train.make_update`
+`shardings(..., host=regex)` says which leaves. `alignax.leafwise` updates such a state, and `alignax.train.make_update`
 fetches frozen parameters. See https://docs.jax.dev/en/latest/notebooks/host-offloading.html.
 """
 
@@ -82,13 +82,15 @@ def born_sharded(fn: Callable, mesh: Mesh, rules: Rules, *, host: str | None = N
 def to_device(tree: Any, after: Any = ()) -> Any:
     """Inside `jax.jit`: the same arrays, those that lie in the host's memory copied to the device's.
 
-    The copy waits until the arrays of `after` are there; otherwise the compiler would make it as early as it can, and
-    once for a whole loop.
+    The copy waits until the arrays of `after` are there, if any; otherwise the compiler would make it as early as it
+    can, and once for a whole loop.
     """
     leaves, treedef = jax.tree.flatten(tree)
     if not any(map(on_host, leaves)):
         return tree
-    held, _ = jax.lax.optimization_barrier(([x for x in leaves if on_host(x)], after))
+    held = [x for x in leaves if on_host(x)]
+    if jax.tree.leaves(after):
+        held, _ = jax.lax.optimization_barrier((held, after))
     fetched = iter([jax.device_put(x, jax.memory.Space.Device) for x in held])
     return treedef.unflatten([next(fetched) if on_host(x) else x for x in leaves])
 

@@ -294,7 +294,7 @@ def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
     norm = optax.tree.norm(grads)
     usable = jnp.isfinite(norm) & jnp.isfinite(report["loss"])
     held = any(map(sharding.on_host, jax.tree.leaves(state.opt_state)))
-    extra = {"usable": usable} if held else {}  # `offload.offloaded` needs to know at once
+    extra = {"usable": usable} if held else {}  # `leafwise` needs to know at once
     optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)

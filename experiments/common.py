@@ -21,10 +21,9 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alignax import data, precision, sampling, sharding, train
+from alignax import data, leafwise, precision, sampling, sharding, train
 from alignax.data import text, truncation
 from alignax.io import hf
-from alignax.offload import offloaded
 
 Schedule = Literal["constant", "linear", "cosine"]
 Truncate = Literal["keep_start", "keep_end", "drop", "refuse"]
@@ -102,14 +101,14 @@ def make_optimizer(
     """AdamW on gradients clipped to a global norm, with the schedule of `make_schedule` and the mask of `decay_mask`.
 
     `max_grad_norm` 0 clips nothing. `bits` below 32 are those of its moments (`precision.compressed`), and `offload`
-    lets them live in the host's memory (`offload.offloaded`, and `host` of `create_state`). "Decoupled Weight Decay
+    lets them live in the host's memory (see `create_state`); both update leaf by leaf. "Decoupled Weight Decay
     Regularization", Loshchilov and Hutter, arXiv:1711.05101.
     """
     rate = make_schedule(learning_rate, steps=steps, warmup=warmup, schedule=schedule, final=final)
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
     adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
     adamw = adamw if bits == 32 else precision.compressed(adamw, bits=bits)
-    return optax.chain(clip, offloaded(adamw) if offload else adamw)
+    return optax.chain(clip, leafwise.leafwise(adamw) if offload or bits < 32 else adamw)
 
 
 def optimizer_of(config: Any, **options: Any) -> optax.GradientTransformation:

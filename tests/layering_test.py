@@ -30,7 +30,7 @@ LEVELS = (
         "sampling",
         "sharding",
         "precision",
-        "offload",
+        "leafwise",
     },
     {"algorithms", "models", "rewards"},
     {"data", "evaluation", "io"},

@@ -12,7 +12,7 @@ import optax
 import pytest
 from problems import problems, tiny
 
-from alignax import models, offload, precision, sharding, train
+from alignax import leafwise, models, precision, sharding, train
 
 HOST = r"^opt_state/"
 
@@ -27,7 +27,7 @@ def three(how):
     problem, (model, params) = problems()["dpo"], tiny()
     mesh = sharding.make_mesh(data=-1)
     adam = precision.compressed(optax.adamw(1e-3), bits=8, smallest=300) if how == "host8" else optax.adamw(1e-3)
-    optimizer = optax.chain(optax.clip_by_global_norm(0.1), adam if how == "device" else offload.offloaded(adam))
+    optimizer = optax.chain(optax.clip_by_global_norm(0.1), adam if how == "device" else leafwise.leafwise(adam))
     host = how.startswith("host")
 
     def create(params):
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_finite_leaves_the_host_alone():
 def test_programs_for_accelerators_fetch_one_leaf_after_the_other(platform):
     mesh = sharding.make_mesh(data=-1)
     params = {name: jnp.ones((4, 4)) for name in "abc"}
-    optimizer = offload.offloaded(optax.adam(1e-3), ahead=0)
+    optimizer = leafwise.leafwise(optax.adam(1e-3), ahead=0)
     state = sharding.born_sharded(optimizer.init, mesh, models.RULES, host="")(params)
     lowered = jax.jit(optimizer.update).trace(params, state, params, usable=True).lower(lowering_platforms=(platform,))
     lines = lowered.as_text().splitlines()
@@ -93,6 +93,6 @@ def test_programs_for_accelerators_fetch_one_leaf_after_the_other(platform):
 def test_clipping_of_all_leaves_together_is_refused_inside():
     inside = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
     with pytest.raises(ValueError, match="depends on several leaves; expected an optimizer that updates every leaf"):
-        jax.eval_shape(offload.offloaded(inside).init, {"a": jnp.ones(2), "b": jnp.ones((2, 2))})
+        jax.eval_shape(leafwise.leafwise(inside).init, {"a": jnp.ones(2), "b": jnp.ones((2, 2))})
     with pytest.raises(ValueError, match="ahead=-1; expected 0 or more"):
-        offload.offloaded(optax.sgd(1.0), ahead=-1)
+        leafwise.leafwise(optax.sgd(1.0), ahead=-1)
