@@ -37,7 +37,7 @@ def runs(args) -> dict:
     batch = updates.groups(TINY["vocab"], 2, 4, 16, 16)
 
     def compiling(layers):
-        model = timing.llama(TINY | {"layers": layers}, max_positions=32, remat=updates.REMAT[args.remat])
+        model = timing.llama(TINY | {"layers": layers}, max_positions=32, remat=updates.policy(args.remat))
         params = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(model.init, jax.random.key(0)))
         shared = 16 if args.layout == "shared" else 0
         loss_fn = updates.group_policy(model, shared=shared, group=4)

@@ -50,7 +50,7 @@ def main(words: list[str] | None = None):
 def measure(args) -> dict:
     """Compiles what each candidate needs and times an epoch of each in turns."""
     data = preferences(args.pairs, args.cap, args.shape["vocab"])
-    model = timing.llama(args.shape, max_positions=args.cap, remat=updates.REMAT[args.remat])
+    model = timing.llama(args.shape, max_positions=args.cap, remat=updates.policy(args.remat))
     params = jax.jit(model.init)(jax.random.key(0))
     tokens = sum(pair.chosen.length + pair.rejected.length for pair in data)
     runs, about = {}, {}

@@ -45,7 +45,7 @@ def main(words: list[str] | None = None):
 def measure(args, work: str) -> dict:
     """One work: both programs in turns."""
     prompt, completion = (n // args.shorter for n in (GROUPS | PAIRS)[work])
-    model = timing.llama(args.shape, max_positions=prompt + completion, remat=updates.REMAT[args.remat])
+    model = timing.llama(args.shape, max_positions=prompt + completion, remat=updates.policy(args.remat))
     params = jax.jit(model.init)(jax.random.key(0))
     frozen = {"reference": jax.tree.map(jnp.copy, params)}
     members = 2 if work in PAIRS else 8
@@ -71,9 +71,8 @@ def measure(args, work: str) -> dict:
 
 def table(report: dict) -> str:
     """One line for each work."""
-    lines = [
-        f"{'':16}{'tokens':>14}{'rows, s':>10}{'shared, s':>11}{'faster':>9}{'rows, MiB':>11}{'shared, MiB':>13}  rounds"
-    ]
+    heads = "".join(f"{name:>{width}}" for name, width in (("rows, MiB", 11), ("shared, MiB", 13)))
+    lines = [f"{'':16}{'tokens':>14}{'rows, s':>10}{'shared, s':>11}{'faster':>9}{heads}  rounds"]
     for name, row in report.items():
         seconds, memory = turns.medians(row["rounds"]), row["temporary_bytes"]
         faster = turns.ratios(row["rounds"], "shared")["rows"]

@@ -13,12 +13,12 @@ from alignax.models.transformer import transformer
 from alignax.types import Model
 
 
-def probe() -> float:
-    """GFLOP/s of a 2048-cubed float32 matrix product."""
-    matrix = jnp.ones((2048, 2048), jnp.float32)
+def probe(size: int = 2048, dtype: str = "float32") -> float:
+    """GFLOP/s of a matrix product of that size, cubed."""
+    matrix = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()
-    return 2 * 2048**3 / median_seconds(lambda: product(matrix, matrix).block_until_ready(), 7) / 1e9
+    return 2 * size**3 / median_seconds(lambda: product(matrix, matrix).block_until_ready(), 7) / 1e9
 
 
 def bandwidth(mebibytes: int = 512) -> float:
@@ -45,7 +45,7 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 
 def llama(shape: dict[str, int], *, max_positions: int, dtype: str = "float32", **options: Any) -> Model:
-    """The Llama of a shape, parameters and computation of one dtype; `options` are `TransformerConfig`'s."""
+    """The Llama of a shape, parameters of the dtype it computes in unless told; `options` are `TransformerConfig`'s."""
     return transformer(
         TransformerConfig(
             vocab_size=shape["vocab"],
@@ -57,7 +57,6 @@ def llama(shape: dict[str, int], *, max_positions: int, dtype: str = "float32", 
             head_dim=shape["head_dim"],
             max_positions=max_positions,
             dtype=dtype,
-            param_dtype=dtype,
-            **options,
+            **{"param_dtype": dtype, **options},
         )
     )

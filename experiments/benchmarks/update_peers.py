@@ -128,7 +128,7 @@ def _ours(args):
     import updates
 
     length = args.prompt_length + COMPLETION[args.work]
-    model = timing.llama(SHAPE, max_positions=length, remat=updates.REMAT[args.remat])
+    model = timing.llama(SHAPE, max_positions=length, remat=updates.policy(args.remat))
     return model, jax.jit(model.init)(jax.random.key(0))
 
 

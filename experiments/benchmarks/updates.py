@@ -10,14 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from alignax import layouts, train
-from alignax.algorithms import grpo, preference
+from alignax.algorithms import grpo, preference, sft
+from alignax.models import remat
 from alignax.types import LossFn, Model, Params
-
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "nothing": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Update(NamedTuple):
@@ -31,8 +26,15 @@ class Update(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """How our updates are run; the defaults are what was fastest on two cores."""
-    parser.add_argument("--remat", choices=REMAT, default="dots", help="what the forward pass keeps (default: dots)")
+    parser.add_argument("--remat", default="dots", help="what the forward pass keeps, see `policy` (default: dots)")
     parser.add_argument("--microbatches", type=int, default=1, help="parts of a batch (default: 1)")
+
+
+def policy(name: str) -> Any:
+    """None for "none", a policy of `models.remat` for "dots" and "nothing", else names to keep: "qkv+attended"."""
+    if name == "none":
+        return None
+    return {"dots": remat.dots, "nothing": remat.nothing}.get(name) or remat.keep(*name.split("+"))
 
 
 def compiled(loss_fn: LossFn, params: Params, batch: Any, frozen: Any = None, *, microbatches: int = 1) -> Update:
@@ -64,17 +66,23 @@ def group_policy(model: Model, *, shared: int = 0, group: int = 1) -> LossFn:
     return layouts.bundled(grpo.make_loss(model, kl_weight=0.04))
 
 
+def texts(vocab: int, count: int, length: int) -> sft.Batch:
+    """Random rows without a prompt."""
+    tokens = jax.random.randint(jax.random.key(1), (count, length), 0, vocab)
+    return sft.Batch(tokens, jnp.ones(tokens.shape, bool), jnp.ones(tokens.shape, bool))
+
+
 def pairs(vocab: int, count: int, prompt: int, completion: int) -> preference.Batch:
-    """Random pairs that fill their rows."""
+    """Random pairs that fill their rows. Boolean segments say so, which lets attention choose kernels for it."""
     tokens, mask = _rows(vocab, count, 2, prompt, completion)
-    return preference.Batch(tokens, jnp.ones_like(tokens), mask)
+    return preference.Batch(tokens, jnp.ones(tokens.shape, bool), mask)
 
 
 def groups(vocab: int, prompts: int, group: int, prompt: int, completion: int) -> grpo.Batch:
     """Random groups that fill their rows, leaves [prompts, group, ...]."""
     tokens, mask = _rows(vocab, prompts, group, prompt, completion)
     advantages = jax.random.normal(jax.random.key(2), (prompts, group))
-    return grpo.Batch(tokens, jnp.ones_like(tokens), mask, advantages)
+    return grpo.Batch(tokens, jnp.ones(tokens.shape, bool), mask, advantages)
 
 
 def operations(shape: dict[str, int], fed: int, scored: int, passes: int) -> int:
