@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import pathlib
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -21,11 +22,14 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import packed
 import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import kto
 from alignax.io import hf
+from alignax.types import Model
 
 LOSSES = {"kto": losses.kto, "bco": losses.bco, "apo_zero_unpaired": losses.apo_zero_unpaired}
 WEIGHTS = {"kto": ("desirable_weight", "undesirable_weight"), "bco": ("undesirable_weight",), "apo_zero_unpaired": ()}
@@ -60,6 +64,9 @@ class Config:
     """Answers of an update; kto needs at least 2, and 8 or more are wise."""
     microbatches: int = 1
     """Parts into which an update is split to save memory; the result is the same."""
+    pack: int = 0
+    """Tokens of a row in which short answers stand together, `limit` or more; 0 packs nothing. An update then has about
+    `batch_size` of them."""
     limit: int = 512
     """Most tokens of a row, prompt included."""
     truncate: common.Truncate = "drop"
@@ -128,6 +135,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     least = {"desirable_weight": 0, "undesirable_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4}
     checks.check_ranges(config, least=least)
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    packed.check(config)
 
 
 def print_balance(config: Config, rows: list[data.TokenLabelled]) -> None:
@@ -166,6 +174,19 @@ def hyperparameters(config: Config) -> dict[str, float]:
     return {"beta": config.beta} | weights | ({"delta": 0.0, "delta_rate": 1.0} if config.loss == "bco" else {})
 
 
+def make_steps(
+    config: Config, model: Model, optimizer: optax.GradientTransformation, packing: packed.Packing
+) -> tuple[Callable, Callable, Callable | None]:
+    """The compiled update and measurement, and for kto that of the KL."""
+    make_loss = partial(kto.make_loss, loss=LOSSES[config.loss])
+    make_statistics = partial(kto.make_statistics, loss=LOSSES[config.loss])
+    loss_fn, statistics = packing.loss(make_loss, model), packing.loss(make_statistics, model)
+    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
+    measure_kl = make_statistics(model) if config.loss == "kto" else None
+    measures = jax.jit(train.make_measure(make_loss(model))), None if measure_kl is None else jax.jit(measure_kl)
+    return jax.jit(update, donate_argnums=0), *measures
+
+
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
@@ -178,18 +199,15 @@ def main(config: Config) -> dict[str, float]:
     collate = data.batching.unpaired if config.loss == "kto" else data.batching.labelled
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=collate, batch_size=config.batch_size, buckets=buckets)
-    print("training rows:", data.batching.statistics(rows, batch_size=config.batch_size, buckets=buckets))
+    packing = packed.arrange(config, rows, batches, mesh)
     if config.loss == "kto":
-        print(f"mismatched rows: {cut_off(batches(rows, seed=config.seed, epochs=1)):.1%} of their answers cut off")
+        lost = cut_off(packing.stream(batches, rows, seed=config.seed, epochs=1))
+        print(f"mismatched rows: {lost:.1%} of their answers cut off")
 
     optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     frozen, hyper, seen = {"reference": loaded.params}, hyperparameters(config), 0.0
-    loss_fn = kto.make_loss(loaded.model, loss=LOSSES[config.loss])
-    statistics = kto.make_statistics(loaded.model, loss=LOSSES[config.loss])
-    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
-    update, measure = jax.jit(update, donate_argnums=0), jax.jit(train.make_measure(loss_fn))
-    measure_kl = jax.jit(statistics) if statistics and config.loss == "kto" else None
+    update, measure, measure_kl = make_steps(config, loaded.model, optimizer, packing)
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):
@@ -207,7 +225,8 @@ def main(config: Config) -> dict[str, float]:
     show("before", state.params, state.key)
     with run:
         result = run.log(0, evaluate())
-        for step, (batch, _) in enumerate(itertools.islice(batches(rows, seed=config.seed), config.steps), start=1):
+        stream = packing.stream(batches, rows, seed=config.seed)
+        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
             if config.loss == "bco":  # the mean reward of all rows so far moves by this batch's share of them
                 counted = float(batch["weights"].sum())
                 seen += counted

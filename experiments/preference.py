@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import packed
 import pairwise
 import tyro
 
@@ -84,6 +85,9 @@ class Config:
     """Pairs of an update."""
     microbatches: int = 1
     """Parts into which an update is split to save memory; the result is the same."""
+    pack: int = 0
+    """Tokens of a row in which short pairs stand together, twice `limit` or more; 0 packs nothing. An update then has
+    about `batch_size` of them."""
     limit: int = 512
     """Most tokens of one side, prompt included."""
     truncate: common.Truncate = "drop"
@@ -167,6 +171,9 @@ def check_loss(config: Config, mesh: jax.sharding.Mesh) -> tuple[pairwise.Object
         raise ValueError(f"beta={hyper['beta']}; expected a number above 0")
     pairwise.try_out(objective.loss, hyper)
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    packed.check(config, sides=2)
+    if config.pack and config.loss in ("beta_dpo", "mdpo"):
+        raise ValueError(f"pack={config.pack}: {config.loss} needs more than the rows of the pairs; expected 0")
     least = {"nll_weight": 0, "reference_every": 1, "reference_rate": 0, "stages": 1}
     most = {"reference_rate": 1} | ({"stages": config.steps} if config.reference == "sdpo" else {})
     checks.check_ranges(config, least=least, most=most)
@@ -228,14 +235,19 @@ def reference_rows(
 
 
 def make_steps(
-    config: Config, objective: pairwise.Objective, model: Model, optimizer: optax.GradientTransformation
+    config: Config,
+    objective: pairwise.Objective,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    packing: packed.Packing,
 ) -> tuple[Callable, Callable, Callable | None]:
     """The compiled update and measurement, and what prepares a batch (beta-DPO alone needs it)."""
     chosen = {name: value for name, value in objective._asdict().items() if name != "reference"}
-    loss_fn = preference.make_loss(model, **chosen)
-    statistics: Callable | None = preference.make_statistics(model) if config.loss == "kto_pair" else None
+    make_loss = partial(preference.make_loss, **chosen)
+    make_statistics: Callable = preference.make_statistics if config.loss == "kto_pair" else lambda _: None
+    loss_fn, statistics = (packing.loss(make, model, sides=2) for make in (make_loss, make_statistics))
     update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
-    measure = train.make_measure(loss_fn, statistics=statistics)
+    measure = train.make_measure(make_loss(model), statistics=make_statistics(model))
     prepare = pairwise.make_dynamic_beta(model) if config.loss == "beta_dpo" else None
     return jax.jit(update, donate_argnums=0), jax.jit(measure), prepare
 
@@ -258,8 +270,7 @@ def main(config: Config) -> dict[str, float]:
     pairs, held_out = load_pairs(config, loaded.tokenizer, losses.needed(objective.loss))
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=pairwise.collate, batch_size=config.batch_size, buckets=buckets)
-    plain = [row.pair for row in pairs]
-    print("training pairs:", data.batching.statistics(plain, batch_size=config.batch_size, buckets=buckets))
+    packing = packed.arrange(config, [row.pair for row in pairs], batches, mesh)
 
     known = reference_rows(config, loaded, partial(batches, pairs + held_out, seed=None, epochs=1), mesh)
     place = partial(place_pairs, mesh=mesh, known=known)
@@ -269,7 +280,7 @@ def main(config: Config) -> dict[str, float]:
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed, **where)
     frozen = {"reference": loaded.params} if objective.reference and known is None else None
     loaded = loaded._replace(params=None)  # so that nothing holds what nothing reads
-    update, measure, prepare = make_steps(config, objective, loaded.model, optimizer)
+    update, measure, prepare = make_steps(config, objective, loaded.model, optimizer, packing)
     follow = jax.jit(partial(train.ema_every, **pairwise.schedule(config)))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
@@ -288,7 +299,7 @@ def main(config: Config) -> dict[str, float]:
                 frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
                 kept = jax.tree.map(lambda x: x.sharding, state.opt_state)
                 state = state._replace(opt_state=jax.device_put(optimizer.init(state.params), kept))
-            for batch, _ in itertools.islice(batches(rows, seed=config.seed), count):
+            for batch, _ in itertools.islice(packing.stream(batches, rows, seed=config.seed), count):
                 step, batch, now = step + 1, place(batch), hyper
                 if prepare is not None:
                     batch, now = prepare(state, batch, frozen, hyper)

@@ -19,6 +19,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed
 import preference
 import tyro
 
@@ -50,6 +51,9 @@ class Config:
     """Pairs of an update."""
     microbatches: int = 1
     """Parts into which an update is split to save memory; the result is the same."""
+    pack: int = 0
+    """Tokens of a row in which short pairs stand together, twice `limit` or more; 0 packs nothing. An update then has
+    about `batch_size` of them."""
     limit: int = 512
     """Most tokens of one side, prompt included."""
     truncate: common.Truncate = "drop"
@@ -147,6 +151,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"label_smoothing={config.label_smoothing}; expected 0 to below 0.5")
     checks.check_ranges(config, least={"centering_weight": 0, "learning_rate": 0, "weight_decay": 0, "limit": 4})
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
+    packed.check(config, sides=2)
 
 
 def main(config: Config) -> dict[str, float]:
@@ -159,12 +164,14 @@ def main(config: Config) -> dict[str, float]:
     pairs, held_out = load_pairs(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=collate, batch_size=config.batch_size, buckets=buckets)
+    packing = packed.arrange(config, [row.pair for row in pairs], batches, mesh)
 
     optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     hyper = {"centering_weight": config.centering_weight}
     loss_fn = reward_model.make_loss(loaded.model)
-    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    packed_loss = packing.loss(reward_model.make_loss, loaded.model, sides=2)
+    update = jax.jit(train.make_update(packed_loss, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(loss_fn))
 
     def place(batch):
@@ -178,7 +185,8 @@ def main(config: Config) -> dict[str, float]:
 
     with run:
         result = run.log(0, evaluate())
-        for step, (batch, _) in enumerate(itertools.islice(batches(pairs, seed=config.seed), config.steps), start=1):
+        stream = packing.stream(batches, pairs, seed=config.seed)
+        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
             state, metrics = update(state, place(batch), None, hyper)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()

@@ -17,6 +17,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import packed
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -45,6 +46,9 @@ class Config:
     """Rows of an update."""
     microbatches: int = 1
     """Parts into which an update is split to save memory; the result is the same."""
+    pack: int = 0
+    """Tokens of a row in which short rows stand together, `limit` or more; 0 packs nothing. An update then has about
+    `batch_size` of them."""
     limit: int = 512
     """Most tokens of a row."""
     truncate: common.Truncate = "drop"
@@ -131,6 +135,7 @@ def main(config: Config) -> dict[str, float]:
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
+    packed.check(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     if config.aux_weight and not loaded.model.config.mixture:
@@ -138,11 +143,11 @@ def main(config: Config) -> dict[str, float]:
     rows, held_out = load_rows(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)
-    print("training rows:", data.batching.statistics(rows, batch_size=config.batch_size, buckets=buckets))
+    packing = packed.arrange(config, rows, batches, mesh)
 
     optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    loss_fn = make_loss(config, loaded.model)
+    loss_fn = packing.loss(partial(make_loss, config), loaded.model)
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
     measure = jax.jit(train.make_measure(sft.make_loss(loaded.model)))  # the likelihood, whatever is trained on
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
@@ -158,7 +163,8 @@ def main(config: Config) -> dict[str, float]:
     show("before", state.params, state.key)
     with run:
         result = run.log(0, evaluate())
-        for step, (batch, _) in enumerate(itertools.islice(batches(rows, seed=config.seed), config.steps), start=1):
+        stream = packing.stream(batches, rows, seed=config.seed)
+        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
             state, metrics = update(state, place(batch))
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()

@@ -2,8 +2,8 @@
 
 A packed batch is an ordinary batch whose leaves lead with [R, K] instead of [B]: R rows of the network, each with at
 most K members (rows, pairs or answers with all they have) whose tokens add up to at most `width`. An empty slot repeats
-some member with weight 0 and segments of 0. Nothing is concatenated here: that is `alignax.layouts.packed(width)` in
-the compiled step, and every field of a batch follows by the numbers of its members alone.
+some member with weight 0 and segments of 0. Nothing is concatenated here: in the compiled step `layouts.bundled` makes
+rows of the members, and `layouts.packed(model, width=width, members=K)`, or 2 K for pairs, lets the network see R rows.
 
 The grouping is first-fit decreasing: "Worst-Case Performance Bounds for Simple One-Dimensional Packing Algorithms",
 Johnson, Demers, Ullman, Garey and Graham (https://doi.org/10.1137/0203025).
