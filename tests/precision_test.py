@@ -133,7 +133,7 @@ def test_small_second_moments_survive_as_they_do_not_on_a_linear_scale():
 def test_a_second_moment_of_decay_0_999_moves_only_when_rounded_at_random():
     """v from 1 towards 0.25 in 2000 steps; the closed form is 0.25 + 0.75 * 0.999^2000 = 0.351."""
     expected = 0.25 + 0.75 * 0.999**2000
-    start = jnp.ones((2, 512)).at[:, 0].set(1.7)  # blocks need not be of one value
+    start = jnp.ones((1, 512)).at[:, 0].set(1.7)  # blocks need not be of one value
 
     def steps(put, get):
         def one(i, kept):
@@ -182,38 +182,50 @@ def test_state_is_sharded_as_its_parameters_are():
         }
 
 
+def bigrams(params, batch, frozen, hyper):
+    """Cross-entropy of the next token after one token: a language model of two matrices."""
+    del frozen, hyper
+    logits = jax.nn.log_softmax(params["embed"]["embedding"][batch[:, 0]] @ params["head"]["kernel"])
+    nll = -jnp.take_along_axis(logits, batch[:, 1:], axis=-1)
+    return {"nll": Term(1.0, Mean(jnp.sum(nll), jnp.asarray(float(len(batch)))))}, {}
+
+
 @functools.cache
 def trained(bits):
-    """Losses of 60 updates of the tiny decoder, and its last state; every larger matrix is compressed."""
-    problem, (model, params) = problems()["sft"], tiny()
-    optimizer = optax.adamw(3e-3)
+    """Losses of 100 updates of a language model of bigrams, and its last state."""
+    rng = np.random.default_rng(0)
+    params = {"embed": {"embedding": rng.normal(size=(64, 32))}, "head": {"kernel": rng.normal(size=(32, 64))}}
+    params = jax.tree.map(lambda x: jnp.asarray(0.1 * x, jnp.float32), params)
+    first = rng.zipf(1.3, 512) % 64  # some tokens are rare, and their second moments small
+    batch = np.stack([first, (first * 5 + rng.integers(0, 3, 512)) % 64], axis=1).astype(np.int32)
+    optimizer = optax.adamw(1e-2)
     if bits < 32:
-        optimizer = precision.compressed(optimizer, bits=bits, block=16, smallest=300)
-    update, traces = train.make_update(problem.make_loss(model), optimizer), []
+        optimizer = precision.compressed(optimizer, bits=bits, block=32, smallest=64)
+    update, traces = train.make_update(bigrams, optimizer), []
 
     def counted(state, batch):
         traces.append(1)
         return update(state, batch)
 
-    state, losses = train.TrainState.create(jax.tree.map(jnp.copy, params), optimizer), []
+    state, losses = train.TrainState.create(params, optimizer), []
     step = jax.jit(counted, donate_argnums=0)
-    for _ in range(60):
-        before, (state, metrics) = state, step(state, problem.batch)
+    for _ in range(100):
+        before, (state, metrics) = state, step(state, batch)
         losses.append(float(metrics["loss"]))
     assert len(traces) == 1 and all(x.is_deleted() for x in jax.tree.leaves(before.opt_state))
     return np.array(losses), state
 
 
-@pytest.mark.parametrize("bits, distance", [(16, 0.01), (8, 0.05)])
+@pytest.mark.parametrize("bits, distance", [(16, 0.001), (8, 0.01)])
 def test_training_comes_as_far_as_in_float32(bits, distance):
-    """The loss falls by 1.5 nats; at the end the two are within 1 % (16 bits) and 5 % (8 bits) of that."""
+    """The loss falls by about 3 nats; on the way and at the end 16 bits are within 0.1 % of that, and 8 bits in 1 %."""
     full, _ = trained(32)
     losses, state = trained(bits)
-    assert full[0] - full[-1] > 1.0
-    assert abs(losses[-1] - full[-1]) < distance * (full[0] - full[-1]), (losses[-1], full[-1])
-    kinds = {x.dtype for x in jax.tree.leaves(state.opt_state.values[0].nu["layers"]["mlp"])}
-    assert kinds == {jnp.dtype("bfloat16" if bits == 16 else "uint8")}
-    assert state.opt_state.step == 60
+    assert full[0] - full[-1] > 2.5
+    assert np.abs(losses - full).max() < distance * (full[0] - full[-1]), np.abs(losses - full).max()
+    kept = state.opt_state.values[0]
+    assert {x.dtype for x in jax.tree.leaves((kept.mu, kept.nu))} == {jnp.dtype("bfloat16" if bits == 16 else "uint8")}
+    assert state.opt_state.step == 100
 
 
 def square(params, batch, frozen, hyper):
