@@ -4,11 +4,13 @@
 gradient. Only tokens that were asked for meet the vocabulary: they are gathered to the front, and the loop ends when
 none is left, so that prompts and padding cost nothing.
 
-On one device the tokens of all rows are one list. On several, rows keep to themselves, since gathering across rows
-would move them between devices: the loop is as long as the fullest row.
+On one device the tokens of all rows are one list; and so they are on each of several under `jax.set_mesh`, when the
+gradient of the head is summed over the devices once. Without it rows keep to themselves, since gathering across rows
+would move them between devices: the loop is as long as the fullest row, and each block sums the head's gradient.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, Shaped
 
 from alignax.types import Array
 
 Found = dict[str, Array]
+ROW_AXES = ("data", "fsdp")  # of a mesh, over which rows lie
 
 
 class Side(NamedTuple):
@@ -54,22 +58,45 @@ def measured(
       chunk: about how many tokens meet the vocabulary at once; None: 256 on a CPU, 2048 elsewhere.
     """
     chex.assert_equal_shape([chosen, *(side.at for side in sides)])
+    shape, pools, rows = chosen.shape, [side.states for side in sides], sides[0].states.shape[0]
+    tokens = _Tokens(tuple(side.at for side in sides), arrays, chosen)
+    tokens = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[2:]), tokens)
+    axes, listed = _placement(rows)
+
+    def run(pools: list[Array], tokens: _Tokens) -> Found:
+        size = _width(tokens.chosen.shape, chunk, listed)
+        heads, of_heads, logits = zip(*(_explicit(side.head, _front(side.states, size)) for side in sides))
+        front = _front(arrays, size)
+        first, of_first, known = _explicit(lambda *args: measure(*args, None), logits, front)
+        again, of_again, _ = _explicit(measure, logits, front, known)
+        constants, structure = jax.tree.flatten((of_heads, of_first, of_again))
+        program = _Program(structure, heads, first, again, size[1])
+        return (_listed if listed else _run)(program, constants, pools, tokens)
+
+    if axes:
+        run = jax.shard_map(run, in_specs=P(axes), out_specs=P(axes), axis_names=set(axes), check_vma=False)
+    return {name: x.reshape(*shape, *x.shape[2:]) for name, x in run(pools, tokens).items()}
+
+
+def _placement(rows: int) -> tuple[tuple[str, ...], bool]:
+    """The axes of the ambient mesh over which rows lie, and whether a device may make one list of all that it has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return (), jax.device_count() == 1
+    if not set(mesh.axis_names) - set(mesh.manual_axes):
+        return (), True  # inside of pmap or shard_map: what is here is the device's own
+    axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    shared = axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
+    return shared, bool(shared) or not axes
+
+
+def _width(shape: tuple[int, int], chunk: int | None, listed: bool) -> tuple[int, int]:
+    """Rows and columns of a block. Of rows that keep to themselves at most 16 blocks: each sums the head's gradient."""
     if chunk is None:
         chunk = 256 if jax.default_backend() == "cpu" else 2048
-    shape = chosen.shape
-    rows = 1 if jax.device_count() == 1 else sides[0].states.shape[0]
-    sides = tuple(_in_rows(side, rows) for side in sides)
-    arrays, chosen = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[2:]), (arrays, chosen))
-    width = min(chosen.shape[1], max(1, chunk // chosen.shape[0]))
-    heads, of_heads, logits = zip(*(_explicit(side.head, _front(side.states, width)) for side in sides))
-    front = _front(arrays, width)
-    first, of_first, known = _explicit(lambda *args: measure(*args, None), logits, front)
-    again, of_again, _ = _explicit(measure, logits, front, known)
-    constants, structure = jax.tree.flatten((of_heads, of_first, of_again))
-    program = _Program(structure, heads, first, again, width)
-    tokens = _Tokens(tuple(side.at for side in sides), arrays, chosen)
-    found = _run(program, constants, [side.states for side in sides], tokens)
-    return {name: x.reshape(*shape, *x.shape[2:]) for name, x in found.items()}
+    if listed:
+        return 1, min(shape[0] * shape[1], max(1, chunk))
+    return shape[0], min(shape[1], max(1, chunk // shape[0], -(-shape[1] // 16)))
 
 
 class _Program(NamedTuple):
@@ -83,9 +110,9 @@ class _Program(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    at: tuple[Array, ...]
-    arrays: tuple[Array, ...]
-    chosen: Array
+    at: tuple[Array, ...]  # Int [R, N] of each side
+    arrays: tuple[Array, ...]  # [R, N, ...]
+    chosen: Array  # Bool [R, N]
 
 
 @jax.tree_util.register_static
@@ -95,6 +122,15 @@ class _Moving:
 
     constants: tuple[bool, ...]
     pools: tuple[bool, ...]
+
+
+def _listed(program: _Program, constants: list[Array], pools: list[Array], tokens: _Tokens) -> Found:
+    """The same with the tokens of all rows as one list."""
+    rows = len(pools[0])
+    at = [jnp.expand_dims(jnp.arange(rows) * pool.shape[1], 1) + x for pool, x in zip(pools, tokens.at)]
+    joined = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), (pools, tokens._replace(at=tuple(at))))
+    found: Found = _run(program, constants, *joined)
+    return {name: x.reshape(rows, -1, *x.shape[2:]) for name, x in found.items()}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -198,14 +234,6 @@ def _aligned(compact: Found, chosen: Bool[Array, "R N"]) -> Found:
     return {name: _only(_pick(x, rank), chosen) for name, x in compact.items()}
 
 
-def _in_rows(side: Side, rows: int) -> Side:
-    """States [rows, M, D] and where [rows, N] in these: bundles as they are, or all of them as one row."""
-    bundles, count, width = side.states.shape
-    first = jnp.arange(bundles) % (bundles // rows) * count
-    at = side.at.reshape(bundles, -1) + first[:, None]
-    return Side(side.head, side.states.reshape(rows, -1, width), at.reshape(rows, -1))
-
-
 def _explicit(function: Callable, *examples: Any) -> tuple[Callable, list[Any], Any]:
     """`function` with what it closes over as its first argument, that, and the shapes of what it gives."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*examples)
@@ -218,8 +246,8 @@ def _explicit(function: Callable, *examples: Any) -> tuple[Callable, list[Any], 
     return explicit, list(closed.consts), shapes
 
 
-def _front(tree: Any, width: int) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], width, *x.shape[2:]), x.dtype), tree)
+def _front(tree: Any, size: tuple[int, int]) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*size, *x.shape[2:]), x.dtype), tree)
 
 
 def _columns(tree: Found, index: Array, width: int) -> Found:

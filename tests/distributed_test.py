@@ -4,6 +4,7 @@ The devices exist only in a process of their own (`python tests/distributed_test
 pays for them; the tests here read what it saved.
 """
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -16,7 +17,18 @@ import optax
 import pytest
 from filelock import FileLock
 from jax.sharding import NamedSharding, PartitionSpec
-from problems import ROWS, VOCAB, Result, assert_same, problems, rows, three_updates
+from problems import (
+    ROWS,
+    VOCAB,
+    Result,
+    assert_same,
+    packed,
+    problems,
+    rows,
+    shared_prompt,
+    three_updates,
+    with_common_prompts,
+)
 
 from alignax import models, sharding, train
 from alignax.algorithms import ppo, sft
@@ -28,10 +40,13 @@ HOW = ("one", "data_8", "data_4_model_2", "pmap")
 RUNS = [
     (name, how) for name in PROBLEMS for how in HOW if how != "data_8" or name in ("sft", "dpo", "grpo", "ppo_shared")
 ]
+# two rows to a bundle: packed, or with a prompt in common, which is another batch
+RUNS += [("dpo", "packed_mesh"), ("ppo_shared", "packed_pmap"), ("kto", "packed_mesh")]
+RUNS += [("grpo", "common"), ("grpo", "common_mesh"), ("grpo", "common_pmap")]
 
 
-def on_mesh(**axes):
-    """Parameters by the rules, rows over the data axis, one compilation."""
+def on_mesh(*, ambient=False, **axes):
+    """Parameters by the rules, rows over the data axis, one compilation; `ambient`: under `jax.set_mesh`."""
     mesh = sharding.make_mesh(**axes)
     compiled = []
 
@@ -41,7 +56,8 @@ def on_mesh(**axes):
     def run(update, state, batch, frozen, hyper):
         if not compiled:
             compiled.append(jax.jit(update))
-        state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
+        with jax.set_mesh(mesh) if ambient else contextlib.nullcontext():
+            state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
         kernel = state.params.get("backbone", state.params)["layers"]["attn"]["q"]["kernel"]
         assert len(kernel.sharding.device_set) == 8
         if "model" in axes:
@@ -150,12 +166,20 @@ def main(out):
         problem = problems()[name]
         runs = {
             "one": {},
-            "data_8": {"run": on_mesh(data=8)},
-            "data_4_model_2": {"run": on_mesh(data=4, model=2), "microbatches": 2},
+            "data_8": {"run": on_mesh(data=8, ambient=name != "sft")},
+            "data_4_model_2": {"run": on_mesh(data=4, model=2, ambient=name in ("dapo", "kto")), "microbatches": 2},
             "pmap": {"run": mapped(), "microbatches": 2, "axis_name": "device"},
+            "packed_mesh": {"run": on_mesh(data=4, model=2, ambient=name == "dpo"), "microbatches": 2},
+            "packed_pmap": {"run": mapped(), "axis_name": "device"},
+            "common": {},
+            "common_mesh": {"run": on_mesh(data=4, model=2, ambient=True), "microbatches": 2},
+            "common_pmap": {"run": mapped(), "axis_name": "device"},
         }
         for how in (how for which, how in RUNS if which == name):
-            result = three_updates(problem, **runs[how])
+            given = with_common_prompts(problem, 2) if how.startswith("common") else problem
+            given = packed(given, 2) if how.startswith("packed") else given
+            given = shared_prompt(given, 2) if how.startswith("common_") else given
+            result = three_updates(given, **runs[how])
             leaves = jax.tree_util.tree_leaves_with_path(result)
             arrays |= {f"{name}/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     for how, place in (("one", one_device()), ("apart", each_its_own())):
@@ -206,9 +230,10 @@ def results(saved):
     return {f"{name}/{how}": read(name, how) for name, how in RUNS}
 
 
-@pytest.mark.parametrize("name, how", [run for run in RUNS if run[1] != "one"])
+@pytest.mark.parametrize("name, how", [run for run in RUNS if run[1] not in ("one", "common")])
 def test_eight_devices_equal_one(results, name, how):
-    assert_same(results[f"{name}/{how}"], results[f"{name}/one"])
+    alone = "common" if how.startswith("common") else "one"
+    assert_same(results[f"{name}/{how}"], results[f"{name}/{alone}"])
 
 
 def test_networks_placed_apart_equal_one_device(saved):

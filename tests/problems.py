@@ -116,25 +116,25 @@ def in_bundles(problem: Problem, layout: Callable[[Model], Model], members: int)
     )
 
 
-def packed(problem: Problem) -> Problem:
-    """Four rows, or two pairs, as one row of the network; rows of others' answers too."""
-    members = 4 if problem.batch.tokens.ndim == 2 else 2
-    return in_bundles(problem, partial(layouts.packed, width=4 * LENGTH, members=4), members)
+def packed(problem: Problem, rows: int = 4) -> Problem:
+    """So many rows, or half as many pairs, as one row of the network; rows of others' answers too."""
+    members = rows if problem.batch.tokens.ndim == 2 else rows // 2
+    return in_bundles(problem, partial(layouts.packed, width=rows * LENGTH, members=rows), members)
 
 
-def with_common_prompts(problem: Problem) -> Problem:
-    """The problem with one prompt for every four rows, or for both sides of a pair."""
+def with_common_prompts(problem: Problem, rows: int = 4) -> Problem:
+    """The problem with one prompt for every so many rows, or for both sides of a pair."""
 
     def common(x):
-        rows = np.array(x).reshape(-1, 4 if x.ndim == 2 else 2, x.shape[-1])
-        rows[..., :3] = rows[:, :1, :3]
-        return rows.reshape(x.shape)
+        together = np.array(x).reshape(-1, rows if x.ndim == 2 else 2, x.shape[-1])
+        together[..., :3] = together[:, :1, :3]
+        return together.reshape(x.shape)
 
     names = [name for name in problem.batch._fields if name.endswith("tokens")]
     return problem._replace(batch=problem.batch._replace(**{n: common(getattr(problem.batch, n)) for n in names}))
 
 
-def shared_prompt(problem: Problem) -> Problem:
+def shared_prompt(problem: Problem, rows: int = 4) -> Problem:
     """The same with that prompt run once. Rows are three columns longer, since what shares a prompt has that room."""
     ndim = problem.batch.tokens.ndim
 
@@ -142,8 +142,8 @@ def shared_prompt(problem: Problem) -> Problem:
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 3)]) if x.shape[-1] == LENGTH else x
 
     problem = problem._replace(batch=jax.tree.map(longer, problem.batch))
-    layout = partial(layouts.shared_prompt, width=3, members=4 if ndim == 2 else 2)
-    return in_bundles(problem, layout, 4 if ndim == 2 else 1)
+    layout = partial(layouts.shared_prompt, width=3, members=rows if ndim == 2 else 2)
+    return in_bundles(problem, layout, rows if ndim == 2 else 1)
 
 
 class Result(NamedTuple):

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
 from alignax.models import kernels, rope
-from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, write
+from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, attend_rows, write
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import Linear
 from alignax.models.moe import MixtureMLP
@@ -102,14 +102,20 @@ class Attention(nn.Module):
             cache = ForkedCache(past.shared, write(past.own, k, v, slots))
         else:
             cache = write(past, k, v, slots)
-        mixed = _mix(config, q, cache, visible)
+        mixed = _mix(config, q, cache, visible, whole=past is None)
         mixed = mixed.reshape(*x.shape[:2], -1)
         return _dense(config, config.hidden_size, "o", use_bias=config.out_bias)(mixed), cache
 
 
 def _mix(
-    config: TransformerConfig, queries: Float[Array, "B T H hd"], cache: LayerCache | ForkedCache, visible: Visible
+    config: TransformerConfig,
+    queries: Float[Array, "B T H hd"],
+    cache: LayerCache | ForkedCache,
+    visible: Visible,
+    *,
+    whole: bool,
 ) -> Float[Array, "B T H hd"]:
+    """The attention that fits what is visible; `whole` where the cache is the rows' own keys and values and no more."""
     options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
     if isinstance(visible, Rows):
         return visible.attend(queries, cache, **options)
@@ -120,7 +126,7 @@ def _mix(
         return chosen(queries, cache, visible, **options)
     if isinstance(cache, ForkedCache):
         return attend_forked(queries, cache, visible, **options)
-    return named(attend(queries, cache, visible, **options), "attended")
+    return named((attend_rows if whole else attend)(queries, cache, visible, **options), "attended")
 
 
 class MLP(nn.Module):

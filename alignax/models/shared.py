@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from alignax.models.attention import ForkedCache, LayerCache, attend, attend_forked
+from alignax.models.attention import ForkedCache, LayerCache, attend_forked, attend_rows
 from alignax.models.config import LayerKind, TransformerConfig
 from alignax.types import Array
 
@@ -39,7 +39,7 @@ class Shared(NamedTuple):
         options = {"scalar": scalar, "softcap": softcap}
         (rows, width, _), (parts, length, _) = self.prompt.shape, self.own.shape
         front = LayerCache(cache.keys[..., :width], cache.values[:, :, :width])
-        of_front = attend(queries[:, :width], front, self.prompt, **options)
+        of_front = attend_rows(queries[:, :width], front, self.prompt, **options)
         heads, channels = cache.values.shape[1], cache.values.shape[3]
         keys = cache.keys[..., width:].reshape(rows, heads, channels, -1, length).transpose(0, 3, 1, 2, 4)
         values = cache.values[:, :, width:].reshape(rows, heads, -1, length, channels).transpose(0, 2, 1, 3, 4)
