@@ -264,8 +264,12 @@ def test_masks_of_dropout_differ_by_key_and_by_rows():
 
     keyed = [loss({"dropout_key": jax.random.key(seed)}) for seed in (0, 1, 0)]
     assert keyed[0] == keyed[2] and len({loss({}), *keyed}) == 3
-    halves = [jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1)]
-    assert lora._checksum(halves[0]) != lora._checksum(halves[1])
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    seen = lora.adapted(lambda params, *others: params["layers"]["attn"]["q"]["lora_key"], config)
+    parts = [jax.tree.map(lambda x, part=part: x[part::2], batch) for part in (0, 1)]
+    hyper = {"dropout_key": jax.random.key(0)}
+    keys = [jax.random.key_data(seen(adapters, part, {"base": tiny()[1]}, hyper)) for part in (*parts, parts[0])]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 4  # two layers, two micro-batches
 
 
 def test_what_else_becomes_of_a_loss_function():
@@ -288,6 +292,7 @@ def test_a_head_may_be_trained_in_full():
     config = dataclasses.replace(CONFIG, targets="attn/(q|v)/kernel", full="score/kernel")
     adapters = lora.init(jax.random.key(0), base, config)
     assert set(adapters) == {"backbone", "score"} and set(adapters["backbone"]["layers"]["attn"]) == {"q", "v"}
+    jax.jit(lambda tree: tree, donate_argnums=0)(lora.init(jax.random.key(0), base, config))  # the base outlives it
     adapters["score"]["kernel"] += 1
     for params in (lora.combine(base, adapters, config), lora.merge(base, adapters, config)):
         np.testing.assert_allclose(params["score"]["kernel"], base["score"]["kernel"] + 1)

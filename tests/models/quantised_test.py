@@ -11,9 +11,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh
 from lora_problem import CONFIG, lora_problem, start
-from problems import rows, tiny
+from problems import problems, rows, tiny
 
 from alignax import models, sampling, sharding, train
+from alignax.algorithms import sft
 from alignax.models import lora, quantised
 
 pytest.importorskip("qwix")
@@ -82,15 +83,15 @@ def test_kernels_and_logits_are_those_of_the_formula(kind):
 @pytest.mark.parametrize("kind, dora", [("int8", True), ("nf4", False)])
 def test_adapters_learn_what_they_learn_on_the_floats(kind, dora):
     config = dataclasses.replace(CONFIG, dora=dora)
-    problem, (model, adapters) = lora_problem(config), start(config)
-    loss_fn = problem.make_loss(model)
+    batch, (model, adapters) = problems()["sft"].batch, start(config)
+    loss_fn = lora.adapted(sft.make_loss(model), config)
 
     def loss(adapters, base, batch):
-        (term,) = loss_fn(adapters, batch, {"base": base}, problem.hyper)[0].values()
+        (term,) = loss_fn(adapters, batch, {"base": base}, {})[0].values()
         return term.mean.value()
 
     run = jax.jit(jax.value_and_grad(loss))
-    found, wanted = (run(adapters, base, problem.batch) for base in bases(kind))
+    found, wanted = (run(adapters, base, batch) for base in bases(kind))
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(wanted[1]))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * largest), found[1], wanted[1])
