@@ -46,7 +46,7 @@ def measure(args) -> dict:
     runs, memory, values = {}, {}, {}
     for name, form in FORMS.items():
         program = jax.jit(jax.value_and_grad(functools.partial(form, model))).lower(params, tokens).compile()
-        memory[name] = program.memory_analysis().temp_size_in_bytes
+        memory[name] = program.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
         values[name] = float(program(params, tokens)[0])
         runs[name] = turns.once(lambda program=program: jax.block_until_ready(program(params, tokens)))
     rounds = turns.rounds(runs, timing.probe, args)

@@ -55,7 +55,7 @@ def measure(args) -> dict:
     tokens = sum(pair.chosen.length + pair.rejected.length for pair in data)
     runs, about = {}, {}
     for name, (of_epoch, loss_fn, columns) in candidates(args, model, data).items():
-        batches = [preference.Batch(**{name: jnp.asarray(x) for name, x in batch.items()}) for batch in of_epoch]
+        batches = [jax.tree.map(jnp.asarray, preference.Batch(**batch)) for batch in of_epoch]
         runs[name] = turns.once(epoch(args, loss_fn, params, batches))
         fill = tokens / sum(columns(batch) for batch in batches)
         about[name] = {"fill": fill, "updates": len(batches), "shapes": len({b.tokens.shape for b in batches})}
@@ -97,7 +97,11 @@ def candidates(args, model, data: list[TokenPair]) -> dict:
     return {
         "padded": (padded([args.cap]), plain, lambda batch: batch.tokens.size),
         "buckets": (padded(args.buckets), plain, lambda batch: batch.tokens.size),
-        "packed": (of_rows, layouts.bundled(updates.dpo(packed)), lambda batch: len(batch.tokens) * width),
+        "packed": (
+            [batch for batch, _ in of_rows],
+            layouts.bundled(updates.dpo(packed)),
+            lambda batch: len(batch.tokens) * width,
+        ),
     }
 
 

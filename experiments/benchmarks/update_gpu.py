@@ -1,7 +1,7 @@
 """Model FLOPs utilisation of updates on one GPU: random Llamas of 1 B and 3 B parameters, bfloat16, 2,048 tokens.
 
     python experiments/benchmarks/update_gpu.py --peer --json update_gpu.json
-    python experiments/benchmarks/update_gpu.py --lower
+    python experiments/benchmarks/update_gpu.py --lower --attention triton
 
 For each model and work: seconds of an update, tokens per second, model operations over the rate of a measured
 8192-cubed bfloat16 matrix product, and peak memory. `sft` trains on every token of its rows, `dpo` on pairs of
@@ -12,7 +12,8 @@ tokens scored alone; what attention adds (half of all pairs of tokens) is in the
 Each reading is a process of its own, so that its peak is its own. `--peer` times the same work in transformers and
 torch (`torch_peer.py`: sdpa attention, gradient checkpointing as TRL sets it by default). `--layout shared` runs a
 prompt once; then tokens are fewer, and the operations counted are those that are left. `--param-dtype float32` holds
-masters, moments and gradients in float32. `--lower` lowers the programs for CUDA from shapes alone, on any machine.
+masters, moments and gradients in float32. `--lower` lowers the programs for CUDA from shapes alone, on any machine
+(attention is chosen for what is there: name one; cuDNN wants to be there).
 `--tiny` runs all of it on a CPU, and its numbers mean nothing.
 
 The peer needs torch and transformers; nothing here does. On a GPU this has not run yet: none was at hand.
@@ -24,6 +25,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import sys
 
 import turns
@@ -34,6 +36,7 @@ LLAMAS = {
     "tiny": {"vocab": 256, "width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "mlp": 64},
 }
 WORKS = {"sft": 3, "dpo": 4, "grpo": 4}  # passes
+ATTENTION = ("auto", "plain", "tiles", "cudnn", "triton")  # functions of models.flash
 TINY = {"models": ["tiny"], "length": 16, "rows": 2, "group": 2, "repeats": 1, "matmul": 64}
 
 
@@ -68,6 +71,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--param-dtype", choices=["bfloat16", "float32"], default="bfloat16", help="default: bfloat16")
     parser.add_argument("--remat", default="dots", help="what the forward pass keeps, see updates.py (default: dots)")
     parser.add_argument("--layout", choices=["rows", "shared"], default="rows", help="of prompts (default: rows)")
+    parser.add_argument("--attention", choices=ATTENTION, default="auto", help="of whole rows (default: auto)")
     parser.add_argument("--peer", action="store_true", help="time transformers and torch too")
     parser.add_argument("--peer-python", default=sys.executable, help="its interpreter (default: this one)")
     parser.add_argument("--lower", action="store_true", help="only lower the programs for CUDA")
@@ -98,7 +102,18 @@ def measure(args: argparse.Namespace) -> dict:
 
 def run(args: argparse.Namespace, worker: str, more: list[str]) -> dict:
     """What a process found, or why it found nothing."""
-    told = ("length", "rows", "group", "microbatches", "repeats", "matmul", "param_dtype", "remat", "layout")
+    told = (
+        "length",
+        "rows",
+        "group",
+        "microbatches",
+        "repeats",
+        "matmul",
+        "param_dtype",
+        "remat",
+        "layout",
+        "attention",
+    )
     options = [word for name in told for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
     python = args.peer_python if worker == "peer" else sys.executable
     try:
@@ -136,9 +151,11 @@ def problem(args: argparse.Namespace, name: str, work: str):
     import updates
 
     from alignax.algorithms import sft
+    from alignax.models import flash
 
     shape, prompt = LLAMAS[name], args.length // 2
     options = {"param_dtype": args.param_dtype, "remat": updates.policy(args.remat), "rope_theta": 500_000.0}
+    options["attention"] = None if args.attention == "auto" else getattr(flash, args.attention)()
     model = timing.llama(shape, max_positions=args.length, dtype="bfloat16", tie_embeddings=True, **options)
     vocab, sizes = shape["vocab"], (prompt, args.length - prompt)
     shared = prompt if args.layout == "shared" else 0
@@ -195,7 +212,9 @@ def lowered(args: argparse.Namespace, name: str, work: str) -> str:
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=args.microbatches), donate_argnums=0)
     frozen = None if work == "sft" else {"reference": params}
     found = update.trace(state, jax.eval_shape(make), frozen).lower(lowering_platforms=("cuda",))
-    return f"{len(found.as_text().splitlines())} lines of StableHLO for CUDA"
+    text = found.as_text()
+    kernels = sorted(set(re.findall(r"custom_call @([\w$.]+)", text)))
+    return f"{len(text.splitlines())} lines of StableHLO for CUDA, kernels {kernels}"
 
 
 def table(report: dict) -> str:
