@@ -84,15 +84,14 @@ def candidates(args, model, data: list[TokenPair]) -> dict:
     width = 2 * args.cap
     members = packing.usual_members(packing.token_counts(data), width=width)
     packed = layouts.packed(model, width=width, members=2 * members)  # a pair is two rows
-    once = {"seed": 0, "epochs": 1}
 
     def padded(buckets):
-        return [
-            x for x, _ in batching.batches(data, batching.pairs, batch_size=args.batch_size, buckets=buckets, **once)
-        ]
+        found = batching.batches(data, batching.pairs, batch_size=args.batch_size, buckets=buckets, epochs=1)
+        return [batch for batch, _ in found]
 
-    options = {"batch_rows": args.rows, "width": width, "limit": args.cap, "members": members}
-    of_rows = [x for x, _ in packing.packed_batches(data, batching.pairs, **options, **once)]
+    of_rows = packing.packed_batches(
+        data, batching.pairs, batch_rows=args.rows, width=width, limit=args.cap, members=members, epochs=1
+    )
     plain = updates.dpo(model)
     return {
         "padded": (padded([args.cap]), plain, lambda batch: batch.tokens.size),
