@@ -47,7 +47,7 @@ def packed(model: Model, *, width: int, members: int) -> Model:
     return _of_rows(model, hidden)
 
 
-def shared_prompt(model: Model, *, width: int, members: int) -> Model:
+def shared_prompt(model: Model, *, members: int, width: int | None = None, completion: int | None = None) -> Model:
     """The model with the prompt that `members` rows begin with run once, forwards and backwards, for training.
 
     What the rows of a bundle share is found by comparing them: their common beginning within the first `width` columns,
@@ -56,21 +56,25 @@ def shared_prompt(model: Model, *, width: int, members: int) -> Model:
 
     Args:
       model: whose body takes `prompt`, as `alignax.models.transformer` does.
-      width: columns that a prompt may have.
       members: the completions of a prompt; 2 for pairs.
+      width: columns that a prompt may have; or else
+      completion: columns that a completion may have, of rows of any length, such as `max_new_tokens`.
 
     Raises:
-      ValueError: for a number below 1, rows that are not longer than `width`, and rows not in bundles.
+      ValueError: for a number below 1, both or none of the widths, rows too short for one, and rows not in bundles.
     """
-    _check("shared_prompt", width=width, members=members)
+    if (width is None) == (completion is None):
+        raise ValueError(f"layouts.shared_prompt: {width=}, {completion=}; expected one of them")
+    _check("shared_prompt", members=members, width=width or completion or 0)
 
     def hidden(params: Params, tokens: Array, segments: Array, *, key: Array | None = None, **other: Any) -> Hidden:
         _refuse("shared_prompt", other)
-        if tokens.shape[1] <= width:
-            raise ValueError(f"layouts.shared_prompt: rows of {tokens.shape[1]} tokens; expected more than {width=}")
+        columns = width or tokens.shape[1] - (completion or 0)
+        if not 0 < columns < tokens.shape[1]:
+            raise ValueError(f"layouts.shared_prompt: rows of {tokens.shape[1]} tokens; {width=}, {completion=}")
         tokens, real = _bundles("shared_prompt", members, tokens, segments != 0)
-        row, numbers, positions, at, fits = jax.vmap(partial(_one_prompt, width))(tokens, real)
-        found = model.hidden(params, row, numbers, positions=positions, prompt=(width, members), key=key)
+        row, numbers, positions, at, fits = jax.vmap(partial(_one_prompt, columns))(tokens, real)
+        found = model.hidden(params, row, numbers, positions=positions, prompt=(columns, members), key=key)
         return _placed(found, fits, at)
 
     return _of_rows(model, hidden)
