@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from alignax import sharding
+from alignax import leafwise, sharding
 from alignax.types import Array, LossFn, Max, Mean, Params, Scalar, Term
 
 
@@ -293,23 +293,29 @@ def _accumulate(part_loss: Callable, params: Params, parts: Any, axis_name: str 
 def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, report: dict[str, Array]):
     norm = optax.tree.norm(grads)
     usable = jnp.isfinite(norm) & jnp.isfinite(report["loss"])
-    held = any(map(sharding.on_host, jax.tree.leaves(state.opt_state)))
-    extra = {"usable": usable} if held else {}  # `leafwise` needs to know at once
+    apart = any(map(_is_leafwise, jax.tree.leaves(state.opt_state, is_leaf=_is_leafwise)))
+    extra = {"usable": usable} if apart else {}
     optimizer = optax.with_extra_args_support(optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     finite = usable & jnp.isfinite(optax.tree.norm(updates))
+
     # Float32 gradients would turn the moments of bfloat16 parameters into float32: the state keeps the dtypes it has.
-    params, opt_state = jax.tree.map(
-        lambda new, old: new if sharding.on_host(old) else jnp.where(finite, new.astype(old.dtype), old),
-        (params, opt_state),
-        (state.params, state.opt_state),
-    )
+    def choose(new, old):
+        # A state that is updated leaf by leaf has chosen: waiting for the last leaf it would have to be there twice.
+        return new if _is_leafwise(old) else jnp.where(finite, new.astype(old.dtype), old)
+
+    before = (state.params, state.opt_state)
+    params, opt_state = jax.tree.map(choose, (params, opt_state), before, is_leaf=_is_leafwise)
     skipped = 1 - finite.astype(jnp.int32)
     in_a_row = (state.skipped_in_a_row + 1) * skipped
     report |= {"grad_norm": norm, "skipped": skipped.astype(jnp.float32)}
     report["skipped/in_a_row"] = in_a_row.astype(jnp.float32)
     return TrainState(state.step + 1, state.skipped + skipped, params, opt_state, state.key, in_a_row), report
+
+
+def _is_leafwise(x: Any) -> bool:
+    return isinstance(x, leafwise.Leafwise)
 
 
 def _psum(x: Array, axis_name: str | None) -> Array:
