@@ -12,6 +12,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import leafwise_test
 import numpy as np
 import optax
 import pytest
@@ -35,6 +36,7 @@ from alignax.algorithms import ppo, sft
 from alignax.logprobs import last_score, token_logprobs, token_values
 
 PROBLEMS = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
+KEPT = ("host", "host8")  # state and reference in the host's memory, as they are and in eight bits
 HOW = ("one", "data_8", "data_4_model_2", "pmap")
 # rows over all devices is the mesh of fewest surprises: not paid for by every problem
 RUNS = [
@@ -185,6 +187,14 @@ def main(out):
     for how, place in (("one", one_device()), ("apart", each_its_own())):
         leaves = jax.tree_util.tree_leaves_with_path(ppo_step(place))
         arrays |= {f"placed/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    for how in KEPT:
+        for where, axes in (("one", {}), ("mesh", {"data": 4, "model": 2})):
+            _, state, *_ = leafwise_test.three(how, **axes)
+            moments = jax.tree.leaves(state.opt_state[1].leaves[-1])[-1]  # of up/kernel
+            assert ("model" in moments.sharding.spec) == bool(axes)
+            assert moments.sharding.memory_kind == "pinned_host"
+            leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
+            arrays |= {f"kept/{how}/{where}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
     np.savez(out, **arrays)
 
 
@@ -246,6 +256,19 @@ def test_networks_placed_apart_equal_one_device(saved):
         )
     before = small()[1]["head"]["kernel"]
     assert np.max(np.abs(saved["placed/one['policy']['head']['kernel']"] - before)) > 1e-3
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_a_state_on_the_host_of_a_mesh_equals_that_of_one_device(saved, how):
+    prefix = f"kept/{how}/one"
+    names = [name.removeprefix(prefix) for name in saved if name.startswith(prefix)]
+    assert len(names) > 10
+    for name in names:
+        mesh, one = saved[f"kept/{how}/mesh{name}"], saved[prefix + name]
+        if one.dtype == np.uint8:
+            np.testing.assert_array_equal(mesh, one, err_msg=name)
+        else:
+            np.testing.assert_allclose(mesh, one, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
 def test_no_problem_is_forgotten():

@@ -40,23 +40,27 @@ def loss_fn(params, batch, frozen, hyper):
 
 
 @functools.cache
-def three(how):
-    """Three updates in two parts: "device", "leaves", "host" (state and reference), "host8" (in eight bits)."""
-    mesh = sharding.make_mesh(data=-1)
-    adam = precision.compressed(optax.adamw(0.1), bits=8, smallest=8) if how == "host8" else optax.adamw(0.1)
+def three(how, **axes):
+    """Three updates in two parts: "device", "leaves", "host" (state and reference), "host8" (in eight bits).
+
+    On one device, or a mesh of these axes (`tests/distributed_test.py`).
+    """
+    mesh = sharding.make_mesh(**axes) if axes else sharding.make_mesh(jax.devices()[:1], data=1)
+    adam = optax.adamw(0.1)
+    adam = precision.compressed(adam, bits=8, block=4, smallest=8) if how == "host8" else adam
     optimizer = optax.chain(optax.clip_by_global_norm(0.1), adam if how == "device" else leafwise.leafwise(adam))
     host = how.startswith("host")
 
     def create(params):
         return train.TrainState.create(params, optimizer)
 
-    rules = ((r".*", PartitionSpec()),)
+    rules = ((r"up/kernel$", PartitionSpec(None, "model")), (r".*", PartitionSpec()))
     start = state = sharding.born_sharded(create, mesh, rules, host=HOST if host else None)(PARAMS)
     where = sharding.shardings(PARAMS, mesh, rules, host="" if host else None)
     frozen = {"reference": jax.device_put(jax.tree.map(lambda x: -x, PARAMS), where)}
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=2), donate_argnums=0)
     for _ in range(3):
-        state, metrics = update(state, BATCH, frozen)
+        state, metrics = update(state, sharding.shard_batch(BATCH, mesh), frozen)
     copy = jax.tree.map(jnp.copy, state)
     kept, said = update(copy, BATCH * np.nan, frozen) if how in ("host", "leaves") else (None, None)
     return start, state, frozen, metrics, kept, said
