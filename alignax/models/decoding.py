@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Int
 
 from alignax.models import kernels, views
-from alignax.models.attention import ForkedCache, LayerCache, SlotMajorCache, resized
+from alignax.models.attention import ForkedCache, LayerCache, SlotMajorCache, resized, write_front
 from alignax.models.blocks import Block, apply
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import merged
+from alignax.models.rows import Rows
 from alignax.types import Array, Cache, Params
 
 SHORT = 64  # fewer new tokens are not worth compiling several loops
@@ -78,9 +79,16 @@ def is_unrolled(params: Params) -> bool:
 
 
 def extend(
-    config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache
+    config: TransformerConfig, layers: Params, x: Array, positions: Array, cache: Cache, *, prefill: bool = False
 ) -> tuple[Array, Cache, dict[str, Array]]:
-    """Runs new tokens through all layers; their states, the cache with their slots filled, the sums of routers."""
+    """Runs new tokens through all layers; their states, the cache with their slots filled, the sums of routers.
+
+    prefill: they are whole rows, from slot 0 on, and may attend as rows in training do.
+    """
+    if prefill:
+        seen = views.of_rows(config, positions, None, positions, prefill=True, placed=False)
+        if isinstance(seen[0][1], Rows):
+            return *_fill(config, layers, x, seen, cache), {}
     forked = isinstance(cache, Forked)
     slots, seen = (_forked_views if forked else _own_views)(config, positions, cache)
     if positions.shape[1] == 1 and kernels.choose(config).attend is not None:
@@ -94,6 +102,18 @@ def extend(
         aux.append(own)
     filled = Forked(cache.lengths, tuple(filled)) if forked else tuple(filled)
     return x, filled, jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
+
+
+def _fill(
+    config: TransformerConfig, layers: Params, x: Array, seen: list, cache: tuple[LayerCache, ...]
+) -> tuple[Array, tuple[LayerCache, ...]]:
+    """Runs whole rows through all layers, each token over its own row alone, without a mask of it."""
+    filled = []
+    for index, (past, kind) in enumerate(zip(cache, config.layer_kinds)):
+        angle, rows = seen[config.kinds.index(kind)]
+        x, (own, _) = apply(Block(config, keep=True), layer(layers, index), x, angle, rows)
+        filled.append(write_front(past, own))
+    return x, tuple(filled)
 
 
 def _own_views(config: TransformerConfig, positions: Array, cache: tuple[LayerCache, ...]) -> tuple[Array, list]:

@@ -41,7 +41,7 @@ from alignax.types import Array
 
 # Tokens of a row from which on the plain way is left. On a CPU that is where tiles begin to win (measured); elsewhere
 # it is what one block of a kernel holds.
-LONG = {"cpu": 2048, "tpu": 128, "cuda": 128, "rocm": 1024}
+LONG = {"cpu": 1024, "tpu": 128, "cuda": 128, "rocm": 1024}
 _LANES = 128  # rows are filled up to a multiple of this for the Pallas kernels
 _HALF = ("bfloat16", "float16")
 

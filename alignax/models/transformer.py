@@ -104,7 +104,7 @@ def transformer(config: TransformerConfig) -> Model:
             if cache is not None:
                 cache = tuple(write_front(past, decoding.layer(own, index)) for index, past in enumerate(cache))
         else:
-            x, cache, aux = decoding.extend(config, params["layers"], x, positions, cache)
+            x, cache, aux = decoding.extend(config, params["layers"], x, positions, cache, prefill=prefill)
         if aux:  # a count depends on the segments alone, so that counting needs no forward pass
             aux = {**aux, "router_rows": config.num_layers * jnp.sum(segments != 0, dtype=jnp.float32)}
         return Hidden(apply(norm(config), params["final_norm"], x), cache, aux)
