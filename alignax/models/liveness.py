@@ -57,7 +57,7 @@ def peak_bytes(jaxpr: core.Jaxpr, *, slices: Collection[int] = (), stacked: Coll
     outputs = [(i in stacked, values[x]) for i, x in enumerate(jaxpr.outvars) if isinstance(x, core.Var)]
     written = {x for is_stacked, x in outputs if is_stacked}
     kept = {x for is_stacked, x in outputs if not is_stacked}
-    ops = _in_order(_needed(ops, written | kept), kept)
+    ops = _in_order(_needed(ops, written | kept), kept, recomputing=_recomputes(jaxpr))
     arrays = (_arrays(ops, sliced) | kept) - given
     born, dies = _lifetimes(ops, arrays, sliced, written, kept)
     return _fullest(ops, born, dies)
@@ -121,14 +121,28 @@ def _needed(ops: list[Op], outputs: Iterable[Value]) -> list[Op]:
     return found[::-1]
 
 
-def _in_order(ops: list[Op], kept: set[Value]) -> list[Op]:
-    """What leads to the kept outputs first: gradients of weights, which nothing waits for, come at the end."""
+def _recomputes(jaxpr: core.Jaxpr) -> bool:
+    """Whether a part of it is a checkpoint, in which values are computed again."""
+    calls = [equation for equation in jaxpr.eqns if equation.primitive.name in CALLS]
+    inside = (x for call in calls for x in call.params.values() if isinstance(x, core.Jaxpr | core.ClosedJaxpr))
+    if any(call.primitive.name in ("checkpoint", "remat2") for call in calls):
+        return True
+    return any(_recomputes(x.jaxpr if isinstance(x, core.ClosedJaxpr) else x) for x in inside)
+
+
+def _in_order(ops: list[Op], kept: set[Value], *, recomputing: bool) -> list[Op]:
+    """What nothing waits for, as weights' gradients, comes last.
+
+    Where values are computed again it stays where it stands: XLA was seen to save memory so, but hardly past loops.
+    """
+    if recomputing and not any(op.name in ("scan", "while") for op in ops):
+        return ops
     leads, first, last = set(kept), [], []
     for op in reversed(ops):
         awaited = not leads.isdisjoint(op.outputs)
         (first if awaited else last).append(op)
         leads |= set(op.inputs) if awaited else set()
-    return first[::-1] + last[::-1] if kept else ops
+    return first[::-1] + last[::-1]
 
 
 def _arrays(ops: list[Op], sliced: set[Value]) -> set[Value]:
