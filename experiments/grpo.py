@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
+import adapters
 import checks
 import common
 import jax
@@ -32,7 +33,6 @@ from rollouts import POLICY_LOSSES, PolicyLoss
 
 from alignax import advantages, corrections, layouts, losses, models, reduce, rewards, sharding, train
 from alignax.algorithms import grpo
-from alignax.io import hf
 from alignax.logprobs import token_logprobs
 from alignax.types import LossFn, Model
 
@@ -52,7 +52,7 @@ CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy",
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(rollouts.Options):
+class Config(adapters.Options, rollouts.Options):
     """Group-relative policy optimisation."""
 
     model: str
@@ -152,6 +152,7 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
     rollouts.check_updates(config.policy_loss, config.epochs, config.minibatches)
     rollouts.check_options(config)
+    adapters.check(config, moves=f"ema_rate={config.ema_rate}" if config.ema_rate else "")
     if not config.temperature > 0:
         raise ValueError(f"temperature={config.temperature}; expected a number above 0")
     least = {"ema_rate": 0, "kl_weight": 0, "evaluate_prompts": 1, "max_new_tokens": 1}
@@ -265,33 +266,34 @@ def main(config: Config) -> dict[str, float]:
     check_counts(config, mesh)
     hyper = hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
+    trained = adapters.arrange(config, loaded)
     prompts = rollouts.load_prompts(config, loaded)
     updates = config.epochs * config.minibatches  # of one rollout
     schedule = {"steps": config.steps * updates, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
-    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
+    state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
     together = completions_together(config, prompts, mesh)
     share = {"members": together, "completion": config.max_new_tokens}
     model = layouts.shared_prompt(loaded.model, **share) if together > 1 else loaded.model
     logp, loss_fn = make_logp(config, model, together), layouts.bundled(make_loss(config, model))
-    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches)
+    update = train.make_update(trained.loss(loss_fn), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
     record = rollouts.make_record(config, loaded, sampler)
 
-    result, completions = evaluate(state.params)
+    result, completions = evaluate(trained.whole(state.params))
     common.print_samples("before", questions["prompts"][:4], completions[:4])
     with run:
         run.log(0, result)
         stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
         for step in range(1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
-            asked, _ = next(stream)
-            rows = sampler.sample(state.params, *place((asked["tokens"], asked["lengths"])), sample_key)
+            (asked, _), policy = next(stream), trained.whole(state.params)
+            rows = sampler.sample(policy, *place((asked["tokens"], asked["lengths"])), sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
-            measured = record(step, state.params, asked, rows, verdict)
+            measured = record(step, policy, asked, rows, verdict)
             counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
             advantage, weights, spread = compare(config, verdict.reward, rows, counted)
             rollout = grpo.Batch(
@@ -300,25 +302,25 @@ def main(config: Config) -> dict[str, float]:
                 rows.mask,
                 advantage,
                 # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
-                old_logp=None if updates == 1 else logp(state.params, rows),
+                old_logp=None if updates == 1 else logp(policy, rows),
                 ref_logp=None if config.kl == "none" else logp(reference, rows),
                 weights=weights,
                 rollout_logp=None if config.correction == "none" else rows.logp,
             )
             parts, rollout = [], in_bundles(rollout, together)
             for part in rollouts.passes(order_key, rollout, epochs=config.epochs, minibatches=config.minibatches):
-                state, metrics = update(state, place(part), None, hyper)
+                state, metrics = update(state, place(part), trained.frozen(), trained.hyper(hyper, state))
                 parts.append(metrics)
             metrics = rollouts.mean_of(parts)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
             metrics |= spread | measured
             if step % config.evaluate_every == 0 or step == config.steps:
-                result, completions = evaluate(state.params)
+                result, completions = evaluate(trained.whole(state.params))
                 metrics |= result
             run.log(step, metrics)
     common.print_samples("after", questions["prompts"][:4], completions[:4])
-    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    trained.save(config.output, loaded, state.params, config.model)
     before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
     print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
     return result

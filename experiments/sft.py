@@ -12,6 +12,7 @@ import pathlib
 from functools import partial
 from typing import Literal
 
+import adapters
 import checks
 import common
 import jax
@@ -22,7 +23,6 @@ import tyro
 
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import sft
-from alignax.io import hf
 from alignax.types import LossFn, Model
 
 LOSSES = {"cross_entropy": losses.cross_entropy, "dft": losses.dft}
@@ -31,7 +31,7 @@ CURVES = ("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(adapters.Options):
     """Supervised fine-tuning."""
 
     model: str
@@ -136,42 +136,45 @@ def main(config: Config) -> dict[str, float]:
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
     packed.check(config)
+    adapters.check(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     if config.aux_weight and not loaded.model.config.mixture:
         raise ValueError(f"aux_weight={config.aux_weight}: {config.model} has no router; expected a mixture of experts")
+    trained = adapters.arrange(config, loaded)
     rows, held_out = load_rows(config, loaded.tokenizer)
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=data.batching.supervised, batch_size=config.batch_size, buckets=buckets)
     packing = packed.arrange(config, rows, batches, mesh)
 
     optimizer = common.optimizer_of(config)
-    state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    loss_fn = packing.loss(partial(make_loss, config), loaded.model)
+    state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
+    loss_fn = trained.loss(packing.loss(partial(make_loss, config), loaded.model))
     update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
-    measure = jax.jit(train.make_measure(sft.make_loss(loaded.model)))  # the likelihood, whatever is trained on
+    likelihood = trained.loss(sft.make_loss(loaded.model))  # whatever is trained on
+    measure = jax.jit(train.make_measure(likelihood))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def place(batch):
         return sharding.shard_batch(sft.Batch(**batch), mesh)
 
     def evaluate() -> dict[str, jax.Array]:
-        parts = [measure(state.params, place(batch)) for batch, _ in batches(held_out, seed=None, epochs=1)]
-        values = train.merge(parts)
+        everything = batches(held_out, seed=None, epochs=1)
+        values = train.merge(measure(state.params, place(batch), trained.frozen()) for batch, _ in everything)
         return {"held_out/loss": values["loss/nll"], "held_out/accuracy": values["mean_token_accuracy"]}
 
-    show("before", state.params, state.key)
+    show("before", trained.whole(state.params), state.key)
     with run:
         result = run.log(0, evaluate())
         stream = packing.stream(batches, rows, seed=config.seed)
         for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
-            state, metrics = update(state, place(batch))
+            state, metrics = update(state, place(batch), trained.frozen(), trained.hyper({}, state))
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    show("after", state.params, state.key)
-    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+    show("after", trained.whole(state.params), state.key)
+    trained.save(config.output, loaded, state.params, config.model)
     result = {name: float(value) for name, value in result.items()}
     print(f"held-out loss {run.history['held_out/loss'][0][1]:.4f} -> {result['held_out/loss']:.4f}; {config.output}")
     return result

@@ -65,6 +65,17 @@ def save(
         tensors.write(partial, leaves, jax.tree.leaves(adapters), single=_WEIGHTS)
 
 
+def check(model: Model, config: LoraConfig) -> None:
+    """That `save` can write the adapters that `config` asks for.
+
+    Raises:
+      ValueError: for targets that match no projection, and those that the architecture keeps in one tensor with others.
+      TypeError: when the model is not the shipped transformer.
+    """
+    places, shapes = _places(model), _shapes(model)
+    _adapter_places(places, jax.eval_shape(lambda base: lora.init(jax.random.key(0), base, config), shapes))
+
+
 def load(folder: str | Path, model: Model) -> tuple[Params, LoraConfig]:
     """The adapters of a local PEFT folder, float32, and their configuration, whose `targets` are those that are there.
 
