@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from alignax.models.attention import ForkedCache, LayerCache, attend_forked, attend_rows
-from alignax.models.config import LayerKind, TransformerConfig
+from alignax.models.config import TransformerConfig
+from alignax.models.segments import within_window
 from alignax.types import Array
 
 
@@ -59,15 +60,18 @@ def shared(
         return x[:, :width], x[:, width:].reshape(rows * count, -1)
 
     (front, own), (front_at, own_at) = split(segments != 0), split(positions)
-    parts = own_at.reshape(rows, count, -1, 1)
-    return [
-        Shared(
-            _causal(front, front_at, kind),
-            _causal(own, own_at, kind),
-            front[:, None, None] & (True if kind.window is None else front_at[:, None, None] > parts - kind.window),
-        )
-        for kind in config.kinds
-    ]
+    of_prompt = jnp.broadcast_to(front[:, None], (rows, own_at.shape[1] * count, width))
+    one = not any(kind.window for kind in config.kinds)  # else kinds differ, are stacked, and need one shape
+    seen = []
+    for kind in config.kinds:
+        near = [within_window(_causal(x), at, at, kind.window) for x, at in ((front, front_at), (own, own_at))]
+        far = within_window(of_prompt, own_at.reshape(rows, -1), front_at, kind.window)
+        seen.append(Shared(*near, front[:, None, None] if one else far.reshape(rows, count, -1, width)))
+    return seen
+
+
+def _causal(real: Bool[Array, "R T"]) -> Bool[Array, "R T T"]:
+    return jnp.tril(jnp.ones((real.shape[1],) * 2, bool))[None] & real[:, None]
 
 
 def check(shape: tuple[int, ...], prompt: tuple[int, int], positions: Any, parents: Any, cache: Any) -> None:
@@ -80,10 +84,3 @@ def check(shape: tuple[int, ...], prompt: tuple[int, int], positions: Any, paren
             f"transformer: rows of {shape[1]} tokens, prompt={prompt}; expected a prompt of the first number and the "
             "second number of equal parts behind it"
         )
-
-
-def _causal(real: Bool[Array, "R T"], positions: Int[Array, "R T"], kind: LayerKind) -> Bool[Array, "R T T"]:
-    seen = jnp.tril(jnp.ones((real.shape[1],) * 2, bool))[None] & real[:, None]
-    if kind.window is None:
-        return seen
-    return seen & (positions[:, None, :] > positions[:, :, None] - kind.window)

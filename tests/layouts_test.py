@@ -1,0 +1,124 @@
+"""Rows that enter a network together against the same rows alone; `algorithms/common_test.py` has the updates."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import tiny
+
+from alignax import layouts, models
+from alignax.logprobs import last_score, token_logprobs, token_values
+from alignax.models import attention
+from alignax.models.config import LayerKind
+
+WIDTH, MEMBERS, LENGTH = 4, 3, 11
+
+
+@functools.cache
+def rows():
+    """Two bundles: prompts of 4 and of 2 tokens, completions of 0 to 7, of which two begin alike; a row of padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 32, (2, MEMBERS, LENGTH)).astype(np.int32)
+    tokens[0, :, :4] = tokens[0, :1, :4]
+    tokens[1, :, :3] = tokens[1, :1, :3]  # the prompt has 2, and all go on with the same token
+    lengths = np.array([[4 + 7, 4, 4 + 3], [2 + 7, 0, 2 + 4]])
+    segments = np.arange(LENGTH) < lengths[..., None]
+    mask = segments & (np.arange(LENGTH) >= np.array([4, 2])[:, None, None])
+    return [jnp.asarray(x.reshape(-1, LENGTH)) for x in (tokens, segments, mask)]
+
+
+def variants():
+    config = tiny()[0].config
+    assert config is not None
+    return {
+        "windows": dataclasses.replace(config, pattern=(LayerKind(window=3), LayerKind())),
+        "learned": dataclasses.replace(config, learned_positions=True, layer_norm=True, gated_mlp=False),
+        "mixture": dataclasses.replace(config, mixture=True, num_experts=3, experts_per_token=2),
+        "softcap": dataclasses.replace(config, attention_softcap=2.0, qk_norm=True),
+    }
+
+
+@pytest.mark.parametrize("name", ["windows", "learned", "mixture", "softcap"])
+def test_every_kind_of_decoder(name):
+    model = models.transformer(variants()[name])
+    params, (tokens, segments, mask) = jax.jit(model.init)(jax.random.key(0)), rows()
+
+    @jax.jit
+    def of(params):
+        forms = (
+            model,
+            layouts.shared_prompt(model, width=WIDTH, members=MEMBERS),
+            layouts.packed(model, width=30, members=MEMBERS),
+        )
+        return [token_logprobs(form, params, tokens, segments, mask=mask) for form in forms]
+
+    alone, shared, packed = of(params)
+    assert np.count_nonzero(alone) == np.count_nonzero(mask) == 20 + 7 - 3 - 3
+    np.testing.assert_allclose(shared, alone, atol=2e-6)
+    np.testing.assert_allclose(packed, alone, atol=2e-6)
+
+
+def test_values_and_last_scores():
+    model, params = tiny()
+    params = models.add_score(model, params, jax.random.key(1))
+    tokens, segments, _ = rows()
+    alone = models.with_score(model)
+    for form in (
+        layouts.shared_prompt(alone, completion=LENGTH - WIDTH, members=MEMBERS),
+        layouts.packed(alone, width=30, members=MEMBERS),
+    ):
+        for read in (last_score, token_values):
+            given = (params, tokens, segments)
+            np.testing.assert_allclose(read(form, *given), read(alone, *given), atol=2e-6)
+
+
+def test_a_bundle_that_does_not_fit_is_not_a_number():
+    """Loud: the update is then left out and counted. The other bundle is as it was."""
+    model, params = tiny()
+    tokens, segments, mask = rows()
+    alone = token_logprobs(model, params, tokens, segments, mask=mask)
+    packed = layouts.packed(model, width=20, members=MEMBERS)  # 22 tokens and 15
+    shared = layouts.shared_prompt(model, width=5, members=MEMBERS)  # at most 6 behind prompts of 4, where 7 are
+    for form in (packed, shared):
+        first, second = np.split(np.asarray(token_logprobs(form, params, tokens, segments, mask=mask)), 2)
+        assert np.isnan(first[np.asarray(mask)[:3]]).all()
+        np.testing.assert_allclose(second, np.asarray(alone)[3:], atol=2e-6)
+
+
+def test_quarters_of_a_long_row_equal_the_whole():
+    rng = np.random.default_rng(0)
+    length = attention.QUARTERED + 3
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 4)), jnp.float32) for heads in (4, 2, 2))
+    segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)
+    seen = jnp.asarray((segments[:, :, None] == segments[:, None]) & np.tril(np.ones((length, length), bool)))
+    cache = attention.as_cache(k, v)
+    options = {"softcap": 3.0}
+    np.testing.assert_allclose(
+        attention.attend_rows(q, cache, seen, **options), attention.attend(q, cache, seen, **options), atol=1e-6
+    )
+
+
+def test_gain():
+    assert layouts.shared_prompt_gain(512, 64, 8) == 8 * 576 / 1024  # 4.5
+
+
+def test_what_makes_no_layout_is_refused():
+    model, params = tiny()
+    tokens, segments, _ = rows()
+    with pytest.raises(ValueError, match=r"layouts\.packed: members=0; expected at least 1"):
+        layouts.packed(model, width=8, members=0)
+    with pytest.raises(ValueError, match=r"6 rows; expected bundles of members=4"):
+        layouts.packed(model, width=8, members=4).hidden(params, tokens, segments)
+    with pytest.raises(ValueError, match=r"width=None, completion=None; expected one of them"):
+        layouts.shared_prompt(model, members=2)
+    with pytest.raises(ValueError, match=r"rows of 11 tokens; width=11"):
+        layouts.shared_prompt(model, members=2, width=11).hidden(params, tokens, segments)
+    with pytest.raises(ValueError, match=r"\['positions'\] were given"):
+        layouts.packed(model, width=8, members=2).hidden(params, tokens, segments, positions=tokens)
+    with pytest.raises(ValueError, match=r"it has no cache for 4 rows"):
+        layouts.packed(model, width=8, members=2).init_cache(4, 8)
+    with pytest.raises(ValueError, match=r"rows of 11 tokens, prompt=\(4, 3\); expected a prompt"):
+        model.hidden(params, tokens, segments, positions=tokens, prompt=(4, 3))
