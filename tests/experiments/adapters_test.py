@@ -1,7 +1,11 @@
 """`--lora-rank`: the scripts train adapters, leave the weights as they are, and write both, apart and merged."""
 
+import dataclasses
 import json
+import pathlib
+from types import SimpleNamespace
 
+import adapters
 import common
 import grpo
 import jax
@@ -11,7 +15,9 @@ import pytest
 import sft
 
 from alignax.io import hf, peft
+from alignax.models import LoraConfig
 
+VECTORS = pathlib.Path(__file__).parents[1] / "vectors"
 FIXED = {"steps": 2, "held_out": 0.2, "evaluate_every": 2, "warmup": 0, "learning_rate": 1e-2}
 ADAPTED = {"lora_rank": 2, "lora_alpha": 8.0, "lora_targets": "layers/attn/(q|v)/kernel"}
 
@@ -27,17 +33,17 @@ def run(script, folder, tmp_path, rows, **options):
 def check_output(folder, output, *, rank=2, alpha=8.0, dropout=0.0):
     """The model is the one before, but for the adapters' kernels, which have moved by scale a b."""
     before, after = hf.load(folder), hf.load(output / "model")
-    adapters, config = peft.load(output / "adapter", before.model)
+    found, config = peft.load(output / "adapter", before.model)
     assert (config.rank, config.alpha, config.dropout) == (rank, alpha, dropout)
     assert json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         folder
     )
     expected = jax.tree.map(np.array, before.params)
     for name in ("q", "v"):
-        a, b = (np.asarray(adapters["layers"]["attn"][name][leaf]) for leaf in ("lora_a", "lora_b"))
+        a, b = (np.asarray(found["layers"]["attn"][name][leaf]) for leaf in ("lora_a", "lora_b"))
         assert a.shape[-1] == rank and np.all(np.any(b, axis=(1, 2)))
         expected["layers"]["attn"][name]["kernel"] += alpha / rank * np.einsum("lir,lro->lio", a, b)
-    assert set(adapters["layers"]["attn"]) == {"q", "v"} and set(adapters) == {"layers"}
+    assert set(found["layers"]["attn"]) == {"q", "v"} and set(found) == {"layers"}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), after.params, expected)
     untouched = ("embed", "final_norm")
     jax.tree.map(np.testing.assert_array_equal, *({n: p[n] for n in untouched} for p in (after.params, before.params)))
@@ -87,6 +93,31 @@ def test_grpo_samples_with_the_adapters(tiny_folder, tmp_path):
     check_output(tiny_folder, tmp_path / "out")
     assert abs(lines[1]["kl"]) < 1e-6 < lines[2]["kl"] and lines[2]["held_out/kl"] != 0
     assert lines[1]["parity/max"] < 1e-4
+
+
+def test_what_has_no_peft_form_is_only_merged(tmp_path, capsys):
+    """GPT-2 keeps q, k and v in one tensor: known before training, and no reason not to train."""
+    loaded = hf.load(VECTORS / "hf" / "gpt2")
+    config = sft.Config(model="", data="", output=tmp_path, lora_rank=1)
+    trained = adapters.arrange(config, loaded)
+    assert "only OUTPUT/model is written, not OUTPUT/adapter (peft: the architecture keeps" in capsys.readouterr().out
+    start = trained.initial(loaded.params)
+    trained.save(tmp_path, loaded, start, "name")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    saved = hf.load(tmp_path / "model").params
+    jax.tree.map(np.testing.assert_array_equal, saved, loaded.params)  # b is 0
+    fitting = dataclasses.replace(config, lora_targets="mlp/(up|down)/kernel")
+    assert adapters.arrange(fitting, loaded).exports
+
+
+def test_dropout_has_a_key_for_each_update():
+    config = LoraConfig(rank=1, dropout=0.1)
+    trained, states = adapters.Adapters(config, {}, jax.random.key(0)), [SimpleNamespace(step=n) for n in (0, 1)]
+    first, second = (trained.hyper({"beta": 1.0}, state) for state in states)
+    assert first.keys() == second.keys() == {"beta", "dropout_key"}
+    assert first["dropout_key"] != second["dropout_key"]
+    still = trained._replace(config=dataclasses.replace(config, dropout=0.0))
+    assert still.hyper({}, states[0]) == adapters.Adapters().hyper({}, states[0]) == {}
 
 
 @pytest.mark.parametrize(

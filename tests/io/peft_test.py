@@ -137,8 +137,11 @@ def test_fused_projections_are_refused_by_name(tmp_path, case, tensor):
     config = LoraConfig(rank=1, targets="attn/v/kernel")
     with pytest.raises(ValueError, match=rf"'layers/attn/v/kernel'\] in one tensor, .*{tensor}\.weight, so that"):
         peft.save(tmp_path / "out", model, lora.init(jax.random.key(0), params, config), config)
+    with pytest.raises(ValueError, match=rf"in one tensor, .*{tensor}\.weight, so that"):
+        peft.check(model, config)
     assert not list(tmp_path.iterdir())
     config = LoraConfig(rank=1, targets="(attn/o|mlp/down)/kernel")
+    peft.check(model, config)
     adapters = lora.init(jax.random.key(0), params, config)
     peft.save(tmp_path / "out", model, adapters, config)
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path / "out", model)[0], adapters)
