@@ -27,6 +27,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import rollouts
 import tyro
 from rollouts import POLICY_LOSSES, PolicyLoss
@@ -232,6 +233,17 @@ def make_logp(config: Config, model: Model, together: int) -> Callable[[Any, Any
     return jax.jit(of_rows)
 
 
+def make_steps(
+    config: Config, model: Model, optimizer: optax.GradientTransformation, trained: adapters.Adapters, together: int
+) -> tuple[Callable, Callable]:
+    """The compiled update and the scorer, of bundles of as many rows as run together."""
+    share = {"members": together, "completion": config.max_new_tokens}
+    model = layouts.shared_prompt(model, **share) if together > 1 else model
+    loss_fn = trained.loss(layouts.bundled(make_loss(config, model)))
+    update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches)
+    return jax.jit(update, donate_argnums=0), make_logp(config, model, together)
+
+
 def in_bundles(rows: Any, together: int) -> Any:
     """Leaves [R, ...] as [R / together, together, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), rows)
@@ -274,12 +286,8 @@ def main(config: Config) -> dict[str, float]:
     state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
     together = completions_together(config, prompts, mesh)
-    share = {"members": together, "completion": config.max_new_tokens}
-    model = layouts.shared_prompt(loaded.model, **share) if together > 1 else loaded.model
-    logp, loss_fn = make_logp(config, model, together), layouts.bundled(make_loss(config, model))
-    update = train.make_update(trained.loss(loss_fn), optimizer, microbatches=config.microbatches)
-    update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
-    questions = prompts.questions()
+    update, logp = make_steps(config, loaded.model, optimizer, trained, together)
+    place, questions = partial(sharding.shard_batch, mesh=mesh), prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
     record = rollouts.make_record(config, loaded, sampler)
 

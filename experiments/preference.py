@@ -275,6 +275,12 @@ def stages(config: Config, pairs: list) -> list[tuple[list, int]]:
     return [(pairs[a:b], d - c) for a, b, c, d in zip(edges, edges[1:], steps, steps[1:])]
 
 
+def make_optimizer(config: Config, pairs: list) -> optax.GradientTransformation:
+    """That of a stage: each of sDPO's has a schedule of its own."""
+    config = dataclasses.replace(config, steps=max(count for _, count in stages(config, pairs)))
+    return common.optimizer_of(config, bits=config.optimizer_bits, offload=config.offload)
+
+
 def main(config: Config) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     mesh = sharding.make_mesh(data=-1, model=config.model_axis)
@@ -292,9 +298,7 @@ def main(config: Config) -> dict[str, float]:
 
     known = reference_rows(config, loaded, partial(batches, pairs + held_out, seed=None, epochs=1), mesh)
     place = partial(place_pairs, mesh=mesh, known=known)
-    steps = max(count for _, count in stages(config, pairs))  # a stage of sDPO has a schedule of its own
-    where = {"offload": config.offload}
-    optimizer = common.optimizer_of(dataclasses.replace(config, steps=steps), bits=config.optimizer_bits, **where)
+    where, optimizer = {"offload": config.offload}, make_optimizer(config, pairs)
     state = common.create_state(
         trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed, **where
     )
@@ -305,10 +309,8 @@ def main(config: Config) -> dict[str, float]:
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
     def evaluate() -> dict[str, jax.Array]:
-        everything = batches(held_out, seed=None, epochs=1)
-        values = train.merge(
-            measure(state.params, place(batch), trained.frozen(frozen), hyper) for batch, _ in everything
-        )
+        everything = (place(batch) for batch, _ in batches(held_out, seed=None, epochs=1))
+        values = train.merge(measure(state.params, batch, trained.frozen(frozen), hyper) for batch in everything)
         names = {"held_out/loss": "loss/pairs"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
         return {new: values[old] for new, old in names.items()}
 
