@@ -110,7 +110,7 @@ class Attention(nn.Module):
 def _mix(
     config: TransformerConfig,
     queries: Float[Array, "B T H hd"],
-    cache: LayerCache | ForkedCache,
+    cache: Any,  # what `visible` describes: a LayerCache or a ForkedCache
     visible: Visible,
     *,
     whole: bool,

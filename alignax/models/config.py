@@ -62,8 +62,8 @@ class TransformerConfig:
     initializer_range: float = 0.02  # standard deviation
     dtype: Any = jnp.float32  # it computes in this
     param_dtype: Any = jnp.float32  # and creates parameters in this
-    # None keeps every activation for the backward pass; a `jax.checkpoint` policy, such as
-    # `jax.checkpoint_policies.dots_with_no_batch_dims_saveable`, keeps what it names and the rest is recomputed.
+    # None keeps every activation for the backward pass; a `jax.checkpoint` policy, such as those of
+    # `alignax.models.remat`, keeps what it names and the rest is recomputed.
     remat: Any = None
     attention: Any = None  # an `alignax.models.flash.Choice`; None: what `choose` makes of device and rows
     decode_attention: Any = None  # an `alignax.models.kernels.Choice`; None: what `choose` makes of the device

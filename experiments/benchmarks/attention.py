@@ -101,7 +101,12 @@ def timed(args: argparse.Namespace, choice: flash.Choice, shape: tuple[int, ...]
         jax.block_until_ready(compiled(*arrays, segments))
 
     run()
-    return timing.median_seconds(run, args.repeats), compiled.memory_analysis().temp_size_in_bytes
+    return timing.median_seconds(run, args.repeats), _temporary(compiled)
+
+
+def _temporary(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes
 
 
 if __name__ == "__main__":
