@@ -18,6 +18,7 @@ import optax
 import pytest
 from filelock import FileLock
 from jax.sharding import NamedSharding, PartitionSpec
+from lora_problem import lora_problem
 from problems import (
     ROWS,
     VOCAB,
@@ -45,6 +46,11 @@ RUNS = [
 # two rows to a bundle: packed, or with a prompt in common, which is another batch
 RUNS += [("dpo", "packed_mesh"), ("ppo_shared", "packed_pmap"), ("kto", "packed_mesh")]
 RUNS += [("grpo", "common"), ("grpo", "common_mesh"), ("grpo", "common_pmap")]
+RUNS += [("lora", "one"), ("lora", "packed_mesh"), ("lora", "pmap")]
+
+
+def of_name(name):
+    return lora_problem() if name == "lora" else problems()[name]
 
 
 def on_mesh(*, ambient=False, **axes):
@@ -60,7 +66,8 @@ def on_mesh(*, ambient=False, **axes):
             compiled.append(jax.jit(update))
         with jax.set_mesh(mesh) if ambient else contextlib.nullcontext():
             state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
-        kernel = state.params.get("backbone", state.params)["layers"]["attn"]["q"]["kernel"]
+        projection = state.params.get("backbone", state.params)["layers"]["attn"]["q"]
+        kernel = projection.get("kernel", projection.get("lora_b"))
         assert len(kernel.sharding.device_set) == 8
         if "model" in axes:
             assert kernel.sharding.spec == PartitionSpec(None, None, "model"), kernel.sharding
@@ -164,8 +171,8 @@ def assert_same_place(before, after):
 def main(out):
     jax.config.update("jax_numpy_rank_promotion", "raise")
     arrays = {}
-    for name in PROBLEMS:
-        problem = problems()[name]
+    for name in dict.fromkeys(name for name, _ in RUNS):
+        problem = of_name(name)
         runs = {
             "one": {},
             "data_8": {"run": on_mesh(data=8, ambient=name != "sft")},
@@ -225,7 +232,7 @@ def results(saved):
     """{"problem/how": Result}."""
 
     def read(name, how):
-        prefix, (_, params) = f"{name}/{how}", problems()[name].start()
+        prefix, (_, params) = f"{name}/{how}", of_name(name).start()
         metrics = {}
         for key in saved:
             if key.startswith(f"{prefix}.metrics"):

@@ -37,17 +37,26 @@ class Linear(nn.Module):
         beside = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
         if is_quantised(weights):  # checkpointed, or the floats of all layers would be kept for the backward pass
             x, bias = promote_dtype(x, bias, dtype=config.dtype)
-            y = jax.checkpoint(lambda x, weights: _matmul(x, dequantised(weights).astype(x.dtype)))(x, weights)
+            y = jax.checkpoint(lambda x, weights: matmul(x, dequantised(weights).astype(x.dtype)))(x, weights)
         else:
             x, kernel, bias = promote_dtype(x, weights, bias, dtype=config.dtype)
-            y = _matmul(x, kernel)
+            y = matmul(x, kernel)
         if "lora_a" in beside:
             a, b = (beside[name].astype(x.dtype) for name in ("lora_a", "lora_b"))
-            y += _matmul(_matmul(_dropped(x, beside), a), b)
+            y += matmul(matmul(_dropped(x, beside), a), b)
         if "lora_magnitude" in beside:
             ratio = magnitude_ratio(dequantised(weights), beside)
             y = (y.astype(jnp.float32) * _as_rank(ratio, y.ndim)).astype(y.dtype)
         return y if bias is None else y + _as_rank(bias, y.ndim)
+
+
+def matmul(x: Array, kernel: Array, **options: Any) -> Array:
+    """x @ kernel over the last axis of x; `options` are those of `jax.lax.dot_general`."""
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # a merged axis could lose its sharding
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    # The kernel's gradient contracts all axes of x but the last. Over two of them XLA transposes both sides on a CPU,
+    # which took as long as the product.
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel, **options).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def magnitude_ratio(kernel: Float[Array, "*L in out"], beside: Params) -> Float[Array, "*L out"]:
@@ -108,14 +117,6 @@ def _dropped(x: Array, beside: Params) -> Array:
     kept = 1 - beside["lora_rate"]
     mask = jax.random.bernoulli(beside["lora_key"], kept, x.shape)
     return jnp.where(mask, x / kept.astype(x.dtype), jnp.zeros((), x.dtype))
-
-
-def _matmul(x: Array, kernel: Array) -> Array:
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:  # a merged axis could lose its sharding
-        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-    # The kernel's gradient contracts all axes of x but the last. Over two of them XLA transposes both sides on a CPU,
-    # which took as long as the product.
-    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _as_rank(row: Array, rank: int) -> Array:

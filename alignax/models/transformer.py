@@ -19,6 +19,7 @@ from alignax.models import decoding, shared, views
 from alignax.models.attention import capped, write_front
 from alignax.models.blocks import apply, norm, scanned
 from alignax.models.config import TransformerConfig
+from alignax.models.linear import matmul
 from alignax.models.rows import Rows
 from alignax.models.segments import segment_positions
 from alignax.types import Array, Cache, Hidden, Model, Params
@@ -111,7 +112,7 @@ def transformer(config: TransformerConfig) -> Model:
 
     def logits(params: Params, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
         kernel = params["embed"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"]
-        scores = jnp.matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
+        scores = matmul(states, kernel.astype(states.dtype), preferred_element_type=jnp.float32)
         return capped(scores, config.logit_softcap)
 
     names = ("init_cache", "fork", "unroll", "rooms", "resize")
