@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,6 +208,11 @@ def _tokens(tokenizer: Any) -> Any:
 
 def _settings(config: Any) -> Any:
     if not dataclasses.is_dataclass(config):
-        return repr(config)
+        return _printed(config)
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != _REMAT}
-    return {name: getattr(value, "__qualname__", None) or repr(value) for name, value in fields.items()}
+    return {name: getattr(value, "__qualname__", None) or _printed(value) for name, value in fields.items()}
+
+
+def _printed(value: Any) -> str:
+    """Its repr without addresses, which differ between processes: those of functions in an attention `Choice`, say."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -69,6 +69,7 @@ def magnitude_ratio(kernel: Float[Array, "*L in out"], beside: Params) -> Float[
     transposed = a.swapaxes(-1, -2)
     cross = 2 * jnp.matmul(transposed, kernel) + jnp.matmul(jnp.matmul(transposed, a), b)
     squared = jnp.sum(jnp.square(kernel), axis=-2) + jnp.sum(b * cross, axis=-2)
+    squared = jnp.maximum(squared, jnp.finfo(jnp.float32).tiny)  # a column of zeros stays one: 0 times a finite number
     return beside["lora_magnitude"].astype(jnp.float32) * jax.lax.rsqrt(squared)
 
 

@@ -12,6 +12,7 @@ from problems import problems, tiny
 
 from alignax.algorithms import preference
 from alignax.data import reference_cache
+from alignax.models import flash
 
 
 @functools.cache
@@ -106,6 +107,22 @@ def test_another_tokenizer_template_or_setting_is_named(key, tokenizer, merging,
     assert (
         reference_cache.read(tmp_path / "file", reference_cache.key(params, tokenizer, again)).keys() == rows().keys()
     )
+
+
+def test_settings_are_the_same_in_every_process():
+    """A function of the same name stands elsewhere there: its address must not count, its name must."""
+
+    def settings(name):
+        def attend():
+            raise AssertionError
+
+        attend.__qualname__ = name
+        config = dataclasses.replace(tiny()[0].config, attention=flash.Choice("tiled XLA", "asked for", attend))
+        return reference_cache.key({}, None, config).settings, config  # kept, or both would lie at one address
+
+    (one, _), (same, _), (other, _) = kept = settings("attend"), settings("attend"), settings("attend_splash")
+    assert len({repr(config.attention) for _, config in kept}) == 3
+    assert one == same != other
 
 
 @pytest.mark.parametrize("name, said", [("tokens", "nor are its tokens"), ("mask", "the same tokens are, with other")])

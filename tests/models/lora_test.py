@@ -48,6 +48,17 @@ def test_the_start_of_dora_is_the_base_up_to_rounding():
     close(logits(model, lora.combine(base, adapters, DORA)), logits(model, base), 2e-6)
 
 
+def test_a_column_of_zeros_makes_no_nan_of_dora():
+    config = LoraConfig(rank=2, dora=True)
+    x, _, parts = one_layer(config)
+    base = jax.tree.map(lambda leaf: leaf.at[..., 1].set(0), parts["base"])
+    adapters = lora.init(jax.random.key(0), base, config)
+    expected = x @ np.asarray(base["layers"]["attn"]["q"]["kernel"]) + np.asarray(base["layers"]["attn"]["q"]["bias"])
+    close(run_layer(x, base, adapters, config), expected, 2e-6)
+    gradient = jax.grad(lambda adapters: jnp.sum(run_layer(x, base, adapters, config)))(adapters)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
 def test_the_start_is_that_of_peft():
     """a within +-1 / sqrt(in) and of its variance, 1 / (3 in); its values do not depend on the other targets."""
     base = {"layers": {"attn": {name: {"kernel": jnp.ones((3, 64, 8))} for name in "qv"}}}
