@@ -217,7 +217,8 @@ def make_trpo(
     The batch has tokens, segments, mask, advantages `[B]` or `[B, T]` and weights (a row of weight 0 is left out, any
     other counts once; None: all count), as `alignax.algorithms.grpo.Batch` has, and was sampled from these very
     parameters. `hyper` holds numbers of `trpo_step`. The model must have a derivative forward: mixtures of experts with
-    a kernel of their own have none.
+    a kernel of their own have none, nor have the attention kernels of `alignax.models.flash`, which long rows get on
+    GPUs and TPUs unless the configuration says `attention=flash.plain()`.
     """
 
     def step(params: Params, batch: Any, hyper: dict[str, Scalar] | None = None):

@@ -303,7 +303,7 @@ def passes(key: jax.Array, rollout: Any, *, epochs: int, minibatches: int) -> It
 
 
 def mean_of(parts: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
-    """Each metric over a rollout's updates, the mean, or the largest of .../max and .../in_a_row; and how many updates there were."""
+    """The mean of each metric over a rollout's updates, the largest of .../max and .../in_a_row; and their number."""
     over = {name: jnp.max if name.endswith(("/max", "/in_a_row")) else jnp.mean for name in parts[0]}
     return {name: f(jnp.stack([part[name] for part in parts])) for name, f in over.items()} | {"updates": len(parts)}
 

@@ -18,8 +18,7 @@ from alignax.models.shared import Shared
 from alignax.types import Array, Params
 
 # Bool [*K, B, T, S], `Rows` where whole rows need no mask, or `Shared` where they hold a prompt and all that continues
-# it; with a forked cache the two of `attend_forked`; for a
-# kernel of one token its `Spans`.
+# it; with a forked cache the two of `attend_forked`; for a kernel of one token its `Spans`.
 Visible = Any
 
 

@@ -65,8 +65,8 @@ def init(key: Array, base: Params, config: LoraConfig) -> Params:
     """Adapters of the kernels that `config.targets` names, which change nothing yet.
 
     a is uniform in +-1 / sqrt(in), as in the PEFT library, b is 0, DoRA's magnitude the norm of each column. The values
-    of a target depend on the key and its path alone. `base` may be shapes (`jax.eval_shape`), for DoRA within
-    `jax.eval_shape` only.
+    of a target depend on the key and its path alone. `base` may be shapes (`jax.eval_shape`), for DoRA and
+    `full` within `jax.eval_shape` only.
 
     Raises:
       ValueError: for targets that match no parameter, or one that is not the kernel of a linear projection in a layer:

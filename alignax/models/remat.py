@@ -3,8 +3,8 @@
 `TransformerConfig(remat=remat.keep("qkv", "attended"))`. The policies are those of `jax.checkpoint`, applied to each
 block; see "Training Deep Nets with Sublinear Memory Cost", Chen et al. (https://arxiv.org/abs/1604.06174).
 
-Splash attention marks "attended" together
-with its log-sum-exp, so that its forward pass need not run again; the other kernels run again for theirs.
+Splash attention marks "attended" together with its log-sum-exp, so that its forward pass need not run again; the other
+kernels run again for theirs.
 """
 
 import functools
