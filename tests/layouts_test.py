@@ -11,7 +11,7 @@ from problems import tiny
 
 from alignax import layouts, models
 from alignax.logprobs import last_score, token_logprobs, token_values
-from alignax.models import attention
+from alignax.models import attention, shared, tiled
 from alignax.models.config import LayerKind
 
 WIDTH, MEMBERS, LENGTH = 4, 3, 11
@@ -59,6 +59,33 @@ def test_every_kind_of_decoder(name):
     assert np.count_nonzero(alone) == np.count_nonzero(mask) == 20 + 7 - 3 - 3
     np.testing.assert_allclose(shared, alone, atol=2e-6)
     np.testing.assert_allclose(packed, alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["windows", "softcap"])
+def test_long_rows_go_by_tiles(name, monkeypatch):
+    """Tiles of 3 queries, which divide neither the prompt's 4 columns nor the completions' 7; gradients too."""
+    model = models.transformer(variants()[name])
+    params, (tokens, segments, mask) = jax.jit(model.init)(jax.random.key(0)), rows()
+    weights = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
+    tiles, in_tiles = [], tiled.in_tiles
+    monkeypatch.setattr(shared, "LONG", WIDTH + 7)
+    monkeypatch.setattr(shared, "SIZE", 3)
+    monkeypatch.setattr(tiled, "in_tiles", lambda x, size: tiles.append(size) or in_tiles(x, size))
+
+    @jax.jit
+    def of(params):
+        forms = model, layouts.shared_prompt(model, width=WIDTH, members=MEMBERS)
+        return [
+            jax.value_and_grad(lambda p: jnp.sum(weights * token_logprobs(form, p, tokens, segments, mask=mask)))(
+                params
+            )
+            for form in forms
+        ]
+
+    (alone, of_alone), (together, of_together) = of(params)
+    assert set(tiles) == {3}
+    np.testing.assert_allclose(together, alone, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), of_together, of_alone)
 
 
 def test_values_and_last_scores():

@@ -3,17 +3,26 @@
 A mask over such a row would be mostly empty, and slower than to repeat the prompt. So it is read in three parts that
 are full: the prompt by itself, each completion by itself, and the prompt by the completions, whose averages are merged
 by the sums of their softmaxes (`attention.attend_forked`), forwards and backwards. Nothing but attention notices.
+
+Where prompt and completion are long together, scores are computed a tile of queries at a time, and again in the
+backward pass, as in `alignax.models.tiled`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from alignax.models.attention import ForkedCache, LayerCache, attend_forked, attend_rows
+from alignax.models import tiled
+from alignax.models.attention import ForkedCache, LayerCache, attend, attend_forked, attend_rows
 from alignax.models.config import TransformerConfig
 from alignax.models.segments import within_window
 from alignax.types import Array
+
+LONG = 1024  # columns of a prompt and one completion from which on it goes by tiles
+SIZE = 128  # queries of a tile
 
 
 class Shared(NamedTuple):
@@ -40,13 +49,23 @@ class Shared(NamedTuple):
         options = {"scalar": scalar, "softcap": softcap}
         (rows, width, _), (parts, length, _) = self.prompt.shape, self.own.shape
         front = LayerCache(cache.keys[..., :width], cache.values[:, :, :width])
-        of_front = attend_rows(queries[:, :width], front, self.prompt, **options)
+        long = width + length >= LONG
+        if long:
+            of_front = _by_tiles(lambda x, seen: attend(x, front, seen, **options), queries[:, :width], self.prompt)
+        else:
+            of_front = attend_rows(queries[:, :width], front, self.prompt, **options)
         heads, channels = cache.values.shape[1], cache.values.shape[3]
         keys = cache.keys[..., width:].reshape(rows, heads, channels, -1, length).transpose(0, 3, 1, 2, 4)
         values = cache.values[:, :, width:].reshape(rows, heads, -1, length, channels).transpose(0, 2, 1, 3, 4)
         own = LayerCache(keys.reshape(parts, *keys.shape[2:]), values.reshape(parts, *values.shape[2:]))
         behind = queries[:, width:].reshape(parts, length, *queries.shape[2:])
-        of_own = attend_forked(behind, ForkedCache(front, own), (self.of_prompt, self.own), **options)
+
+        def forked(x: Array, seen: Array, far: Array) -> Array:
+            far = far.reshape(rows, -1, *far.shape[1:])
+            return attend_forked(x, ForkedCache(front, own), (far, seen), **options)
+
+        far = self.of_prompt.reshape(-1, *self.of_prompt.shape[2:])
+        of_own = _by_tiles(forked, behind, self.own, far) if long else forked(behind, self.own, far)
         return jnp.concatenate([of_front, of_own.reshape(rows, -1, *queries.shape[2:])], axis=1)
 
 
@@ -66,8 +85,17 @@ def shared(
     for kind in config.kinds:
         near = [within_window(_causal(x), at, at, kind.window) for x, at in ((front, front_at), (own, own_at))]
         far = within_window(of_prompt, own_at.reshape(rows, -1), front_at, kind.window)
-        seen.append(Shared(*near, front[:, None, None] if one else far.reshape(rows, count, -1, width)))
+        seen.append(Shared(near[0], near[1], front[:, None, None] if one else far.reshape(rows, count, -1, width)))
     return seen
+
+
+def _by_tiles(way: Callable[..., Array], *of_queries: Array) -> Array:
+    """way(*of_queries), arrays [R, T, ...], or [R, 1, ...] of what all queries have in common."""
+    length = of_queries[0].shape[1]
+    tiles = [tiled.in_tiles(x, SIZE) for x in of_queries if x.shape[1] == length]
+    common = [x for x in of_queries if x.shape[1] != length]
+    tile = jax.checkpoint(lambda own: way(*own, *common), prevent_cse=False)  # a loop already prevents it
+    return tiled.in_rows(jax.lax.map(tile, tiles), length)
 
 
 def _causal(real: Bool[Array, "R T"]) -> Bool[Array, "R T T"]:

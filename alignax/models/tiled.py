@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from alignax.models import attention
 from alignax.models.attention import LayerCache
@@ -42,7 +42,7 @@ def attend(
     size = min(length, max(32, min(512, SCORES // length)) if size is None else size)
     asking = (queries, rows.segments, rows.parents, rows.positions)
     starts = size * jnp.arange(-(-length // size))
-    tiles = (starts, *(None if x is None else _tiles(x, size) for x in asking))
+    tiles = (starts, *(None if x is None else in_tiles(x, size) for x in asking))
     tile = partial(_tile, rows=rows, window=window, scalar=scalar, softcap=softcap)
     reach = None if window is None or rows.positions is not None else window + size - 1
     if reach is not None and 2 * reach <= length:
@@ -54,17 +54,21 @@ def attend(
                 for stop, part in _in_parts(tiles)
             ]
         )
-    mixed = mixed.swapaxes(0, 1).reshape(len(queries), -1, *queries.shape[2:])[:, :length]
-    return named(mixed, "attended")
+    return named(in_rows(mixed, length), "attended")
 
 
 _again = partial(jax.checkpoint, prevent_cse=False)  # a loop already prevents it
 
 
-def _tiles(x: Array, size: int) -> Array:
-    """[B, T, ...] as [n, B, size, ...], filled up with zeros: queries of segment 0, which nobody asks for."""
+def in_tiles(x: Shaped[Array, "B T ..."], size: int) -> Shaped[Array, "n B size ..."]:
+    """The rows in tiles of `size` queries, filled up with zeros: queries of segment 0, which nobody asks for."""
     missing = [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)]
     return jnp.pad(x, missing).reshape(len(x), -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+
+def in_rows(tiles: Shaped[Array, "n B size ..."], length: int) -> Shaped[Array, "B T ..."]:
+    """The tiles as rows of `length` queries again."""
+    return tiles.swapaxes(0, 1).reshape(tiles.shape[1], -1, *tiles.shape[3:])[:, :length]
 
 
 def _in_parts(tiles: tuple) -> list[tuple[int, tuple]]:
