@@ -48,7 +48,7 @@ def compressed(
       optimizer: any, its own state float32.
       bits: 16 or 8.
       block: the values of the last axis that share a scale, in eight bits; the last one may be shorter.
-      smallest: leaves with fewer values stay as they are (biases, norms, step counts).
+      smallest: leaves with fewer values stay as they are (biases, norms), and so do single numbers.
       seed: of the rounding.
 
     Raises:
@@ -62,7 +62,7 @@ def compressed(
         leaves, treedef = jax.tree.flatten(state, is_leaf=_is_none)
         found = []
         for i, x in enumerate(leaves):
-            if x is None or x.dtype != jnp.float32 or x.size < smallest:
+            if x is None or x.dtype != jnp.float32 or x.size < smallest or not x.ndim:
                 found.append((x, None))
                 continue
             noise = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), i)

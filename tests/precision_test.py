@@ -252,3 +252,10 @@ def test_what_cannot_be_compressed_is_refused():
         precision.compressed(optax.sgd(1.0), bits=4)
     with pytest.raises(ValueError, match=r"holds \['bfloat16'\]; expected float32"):
         precision.compressed(optax.adam(1.0, mu_dtype=jnp.bfloat16)).init(PARAMS)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_numbers_stay_as_they_are(bits):
+    optimizer = precision.compressed(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), bits=bits, smallest=0)
+    state = optimizer.init({"x": jnp.ones((2, 3))})
+    assert state.values.hyperparams["learning_rate"] == np.float32(0.1)
