@@ -40,7 +40,7 @@ class Side(NamedTuple):
 def measured(
     measure: Callable[..., Found],
     sides: tuple[Side, ...],
-    arrays: tuple[Array, ...],
+    arrays: tuple[Array | None, ...],
     chosen: Bool[Array, "B T"],
     *,
     chunk: int | None = None,
@@ -53,7 +53,7 @@ def measured(
       measure: `(logits of each side [r, n, V], arrays [r, n, ...], known) -> {name: [r, n, ...]}`, a token by itself.
         `known` is None, or in the gradient what it gave for the same tokens before.
       sides: the networks.
-      arrays: what else is known of each token, `[B, T, ...]`; constants.
+      arrays: what else is known of each token, `[B, T, ...]`, or None; constants.
       chosen: which tokens to measure.
       chunk: about how many tokens meet the vocabulary at once; None: 256 on a CPU, 2048 elsewhere.
     """
@@ -111,7 +111,7 @@ class _Program(NamedTuple):
 
 class _Tokens(NamedTuple):
     at: tuple[Array, ...]  # Int [R, N] of each side
-    arrays: tuple[Array, ...]  # [R, N, ...]
+    arrays: tuple[Array | None, ...]  # [R, N, ...]
     chosen: Array  # Bool [R, N]
 
 
@@ -206,7 +206,7 @@ _run.defvjp(_forward, _backward, symbolic_zeros=True)
 class _Block(NamedTuple):
     states: list[Array]  # [R, n, D] of each side
     at: list[Array]  # [R, n], where these are in the pools
-    arrays: tuple[Array, ...]
+    arrays: tuple[Array | None, ...]
     real: Array  # [R, n], False behind a row's last token
 
 
@@ -216,7 +216,7 @@ def _block(width: int, order: Array, index: Array, pools: list[Array], tokens: _
     at = [_pick(x, own) for x in tokens.at]
     # what lies behind the last token, NaN included, must reach nothing
     states = [_only(_pick(pool, places), real) for pool, places in zip(pools, at)]
-    return _Block(states, at, tuple(_pick(x, own) for x in tokens.arrays), real)
+    return _Block(states, at, jax.tree.map(lambda x: _pick(x, own), tokens.arrays), real)
 
 
 def _order(chosen: Bool[Array, "R N"], width: int) -> tuple[Int[Array, "R P"], Int[Array, ""]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
@@ -60,7 +61,7 @@ def score(
       tokens: token ids `[B, T]`.
       segments: `[B, T]`, 0 (or False) for padding, k >= 1 for the k-th packed part of the row.
       mask: `[B, T]`, the tokens to score; all that can be predicted when None.
-      temperature: divides the logits; use the sampler's. 0 is not a temperature one can score at.
+      temperature: divides the logits, a number or `[B]` of each row; use the sampler's. 0 is not one to score at.
       want: which other fields of `Scores` to compute, by name. "values" needs a model with a scalar head (a policy that
         is its own critic), "ref_logp" and "forward_kl" a `reference`.
       reference: parameters of a frozen copy of the model, read beside it.
@@ -79,7 +80,7 @@ def score(
     known = Scores._fields[1:-1]
     if unknown := set(want) - set(known):
         raise ValueError(f"score: want={tuple(unknown)} is unknown; expected some of {known}")
-    if not isinstance(temperature, Tracer) and temperature <= 0:
+    if not isinstance(temperature, Tracer) and np.any(np.asarray(temperature) <= 0):
         raise ValueError(f"score: temperature={temperature}; expected a number above 0")
     both = [name for name in ("ref_logp", "forward_kl") if name in want]
     if both and reference is None:
@@ -95,14 +96,17 @@ def score(
         chex.assert_equal_shape([tokens, mask])
         chosen = chosen & (mask != 0)
 
-    def measure(logits: tuple[Array, ...], arrays: tuple[Array], known: dict[str, Array] | None) -> dict[str, Array]:
-        own, *others = (x / temperature for x in logits)
+    heat = jnp.broadcast_to(jnp.expand_dims(temperature, 1), tokens.shape) if jnp.ndim(temperature) else None
+
+    def measure(logits: tuple[Array, ...], arrays: tuple, known: dict[str, Array] | None) -> dict[str, Array]:
+        divisor = temperature if arrays[1] is None else jnp.expand_dims(arrays[1], 2)
+        own, *others = (x / divisor for x in logits)
         scores = _token_scores(own, arrays[0], want, known)
         for ref_logits in others:
             scores |= _both_scores(own, ref_logits, arrays[0], want)
         return scores
 
-    found = measured(measure, sides, (tokens,), chosen, chunk=chunk)
+    found = measured(measure, sides, (tokens, heat), chosen, chunk=chunk)
     found = {name: x for name, x in found.items() if name in ("logp", *want)}
     if "values" in want:
         values = _read(_values(model, params, hidden.states), sides[0].at)

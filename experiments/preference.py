@@ -31,7 +31,7 @@ import numpy as np
 import optax
 import packed
 import pairwise
-import shared_prompts
+import sharing
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -249,14 +249,14 @@ def make_steps(
     packing: packed.Packing,
     trained: adapters.Adapters,
 ) -> tuple[Callable, Callable, Callable | None]:
-    """The compiled update for each `completion` of `shared_prompts`, the measurement, and what prepares a batch."""
+    """The compiled update for each `completion` of `sharing`, the measurement, and what prepares a batch."""
     chosen = {name: value for name, value in objective._asdict().items() if name != "reference"}
     make_loss = partial(preference.make_loss, **chosen)
     make_statistics: Callable = preference.make_statistics if config.loss == "kto_pair" else lambda _: None
 
     @functools.cache
     def update(completion: int) -> Callable:
-        network = shared_prompts.network(model, completion)
+        network = sharing.network(model, completion)
         loss_fn, statistics = (trained.loss(packing.loss(f, network, sides=2)) for f in (make_loss, make_statistics))
         found = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
         return jax.jit(found, donate_argnums=0)
@@ -294,7 +294,7 @@ def main(config: Config) -> dict[str, float]:
     buckets = [config.limit // 4, config.limit // 2, config.limit]
     batches = partial(data.batches, collate=pairwise.collate, batch_size=config.batch_size, buckets=buckets)
     packing = packed.arrange(config, [row.pair for row in pairs], batches, mesh)
-    shared = shared_prompts.arrange(config, pairs, batches)
+    shared = sharing.arrange(config, pairs, batches)
 
     known = reference_rows(config, loaded, partial(batches, pairs + held_out, seed=None, epochs=1), mesh)
     place = partial(place_pairs, mesh=mesh, known=known)

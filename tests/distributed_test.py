@@ -29,6 +29,7 @@ from problems import (
     rows,
     shared_prompt,
     three_updates,
+    tiny,
     with_common_prompts,
 )
 
@@ -202,7 +203,23 @@ def main(out):
             assert moments.sharding.memory_kind == "pinned_host"
             leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
             arrays |= {f"kept/{how}/{where}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    arrays["gathered"], arrays["summed"] = collectives_of_the_head()
     np.savez(out, **arrays)
+
+
+def collectives_of_the_head():
+    """In the gradient of log-probabilities on a mesh: all-gathers, and the sums of what has the shape of the head."""
+    (model, params), mesh = tiny(), sharding.make_mesh(data=4, model=2)
+    params = jax.device_put(params, sharding.shardings(params, mesh, models.RULES))
+    batch = sharding.shard_batch({name: jnp.asarray(x) for name, x in rows(ROWS).items()}, mesh)
+
+    def loss(params, tokens, segments, mask):
+        return jnp.sum(token_logprobs(model, params, tokens, segments, mask=mask))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(params, **batch).compile().as_text()
+    sums = [line for line in text.splitlines() if "all-reduce(" in line and f"f32[16,{VOCAB // 2}]" in line]
+    return text.count("all-gather("), [len(sums), sum("while/body" in line for line in sums)]
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +293,11 @@ def test_a_state_on_the_host_of_a_mesh_equals_that_of_one_device(saved, how):
             np.testing.assert_array_equal(mesh, one, err_msg=name)
         else:
             np.testing.assert_allclose(mesh, one, rtol=2e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_sharded_vocabulary_is_never_gathered_and_its_gradient_is_summed_once(saved):
+    assert saved["gathered"] == 0
+    assert saved["summed"].tolist() == [1, 0]  # behind the loop over blocks, not in it
 
 
 def test_no_problem_is_forgotten():

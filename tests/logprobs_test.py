@@ -123,7 +123,9 @@ def test_no_array_of_the_size_of_all_logits():
         return jnp.sum(logprobs.token_logprobs(model, params, tokens, tokens == 0))
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
-    assert "1x256x32xf32" in text and "512x32xf32" not in text and "2048x32xf32" not in text  # the vocabulary has 32 tokens
+    assert (
+        "1x256x32xf32" in text and "512x32xf32" not in text and "2048x32xf32" not in text
+    )  # the vocabulary has 32 tokens
 
 
 def test_bad_arguments_are_refused(batch):

@@ -53,9 +53,8 @@ def parity_report(
         raise ValueError(f"parity_report: temperature of shape {np.shape(temperature)}; expected a number or ({rows},)")
     if not isinstance(temperature, Tracer) and not np.all(np.asarray(temperature) >= 0):
         raise ValueError(f"parity_report: temperature={temperature}; expected 0 or more")
-    heat = jnp.broadcast_to(jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature), (rows,))[:, None, None]
-    heated = model._replace(logits=lambda params, states: model.logits(params, states) / heat)
-    logp = token_logprobs(heated, params, samples.tokens, samples.segments, mask=samples.mask)
+    heat = jnp.broadcast_to(jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature), (rows,))
+    logp = token_logprobs(model, params, samples.tokens, samples.segments, mask=samples.mask, temperature=heat)
     return compare_logp(logp, samples.logp, samples.mask, tolerance=tolerance)
 
 

@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--prompt-length", type=int, default=64, help="tokens of each prompt (default: 64)")
     parser.add_argument("--layout", choices=["rows", "shared"], default="shared", help="of ours (default: shared)")
     parser.add_argument("--remat", default="dots", help="of ours, a name in updates.py (default: dots)")
-    parser.add_argument("--microbatches", type=int, default=1, help="of ours (default: 1)")
+    parser.add_argument("--microbatches", type=int, default=4, help="of ours (default: 4)")
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(probe() if args.worker == "probe" else WORKERS[args.worker](args)))

@@ -12,7 +12,7 @@ import optax
 import packed
 import pairwise
 import preference
-import shared_prompts
+import sharing
 
 from alignax import data, sharding, train
 from alignax.algorithms import preference as preference_loss
@@ -30,14 +30,14 @@ def pair(prompt, chosen, rejected):
 def arranged(pairs, **changes):
     config = SimpleNamespace(**{"share_prompts": True, "pack": 0, "seed": 0, "steps": 9} | changes)
     batches = partial(data.batches, collate=pairwise.collate, batch_size=2, buckets=[16, 32])
-    return shared_prompts.arrange(config, pairs, batches), batches
+    return sharing.arrange(config, pairs, batches), batches
 
 
 def test_shapes_are_chosen_by_the_tokens_they_save(capsys):
     # width 32: 20 + 2 * 4 columns for 64; width 16: 1 + 2 * 15 for 32 saves no tenth
     pairs = [pair(20, 4, 3)] * 6 + [pair(1, 15, 14)] * 2
     found, batches = arranged(pairs)
-    assert found.shapes == {32: shared_prompts.Shape(20, 4)}
+    assert found.shapes == {32: sharing.Shape(20, 4)}
     # 3 batches of 28 for 64 and one of 32 as it is: 224 / 116
     assert "runs once for both sides of its pair: 1.9 times fewer tokens" in capsys.readouterr().out
     for batch, _ in batches(pairs, seed=0, epochs=1):
@@ -48,10 +48,10 @@ def test_shapes_are_chosen_by_the_tokens_they_save(capsys):
     (other, _), *_ = batches([pair(20, 5, 3)] * 2, seed=0, epochs=1)
     assert found.arrange(other) == (other, 0)  # does not fit
     for reason in ({"share_prompts": False}, {"pack": 64}):
-        assert arranged(pairs, **reason)[0] == shared_prompts.Sharing()
-    assert arranged([pair(2, 14, 13)] * 4)[0] == shared_prompts.Sharing()
+        assert arranged(pairs, **reason)[0] == sharing.Sharing()
+    assert arranged([pair(2, 14, 13)] * 4)[0] == sharing.Sharing()
     degraded = [row._replace(degraded=row.pair.chosen) for row in pairs]
-    assert arranged(degraded)[0] == shared_prompts.Sharing() and not capsys.readouterr().out
+    assert arranged(degraded)[0] == sharing.Sharing() and not capsys.readouterr().out
 
 
 def test_updates_are_the_same(tiny_folder):
