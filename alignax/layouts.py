@@ -5,12 +5,14 @@
 
 Every loss function, mask, advantage and metric stays a matter of rows, which follow one another in bundles of
 `members`: only the model's body sees a bundle as one row, and `alignax.logprobs` finds each token's state in it. So a
-layout serves every algorithm, and its values, gradients and metrics are those of the rows by themselves.
+layout serves every algorithm, and its values, gradients and metrics are those of the rows by themselves (but the sums
+of a router, where a shared prompt counts once).
 
 A batch for micro-batches, devices or `pmap` must not be split inside of a bundle. Its leaves lead with [R, K], the
 bundles and what they hold, and `bundled` makes rows of them. The two sides of a pair are a bundle by themselves.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -61,11 +63,18 @@ def shared_prompt(model: Model, *, members: int, width: int | None = None, compl
       completion: columns that a completion may have, of rows of any length, such as `max_new_tokens`.
 
     Raises:
-      ValueError: for a number below 1, both or none of the widths, rows too short for one, and rows not in bundles.
+      ValueError: for a number below 1, both or none of the widths, a model whose body takes no `prompt`, rows too short
+        for one, and rows not in bundles.
     """
     if (width is None) == (completion is None):
         raise ValueError(f"layouts.shared_prompt: {width=}, {completion=}; expected one of them")
     _check("shared_prompt", members=members, width=width or completion or 0)
+    taken = inspect.signature(model.hidden).parameters.values()
+    if not any(x.name == "prompt" or x.kind is x.VAR_KEYWORD for x in taken):
+        raise ValueError(
+            f"layouts.shared_prompt: the model's hidden takes {[x.name for x in taken]}; expected `prompt` among them, "
+            "as alignax.models.transformer takes it"
+        )
 
     def hidden(params: Params, tokens: Array, segments: Array, *, key: Array | None = None, **other: Any) -> Hidden:
         _refuse("shared_prompt", other)

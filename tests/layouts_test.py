@@ -141,6 +141,8 @@ def test_what_makes_no_layout_is_refused():
         layouts.packed(model, width=8, members=4).hidden(params, tokens, segments)
     with pytest.raises(ValueError, match=r"width=None, completion=None; expected one of them"):
         layouts.shared_prompt(model, members=2)
+    with pytest.raises(ValueError, match=r"hidden takes \['params', 'tokens', .*; expected `prompt` among them"):
+        layouts.shared_prompt(models.from_apply(lambda params, tokens, segments: tokens), members=2, width=4)
     with pytest.raises(ValueError, match=r"rows of 11 tokens; width=11"):
         layouts.shared_prompt(model, members=2, width=11).hidden(params, tokens, segments)
     with pytest.raises(ValueError, match=r"\['positions'\] were given"):
