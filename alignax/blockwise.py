@@ -55,11 +55,15 @@ def measured(
       sides: the networks.
       arrays: what else is known of each token, `[B, T, ...]`, or None; constants.
       chosen: which tokens to measure.
-      chunk: about how many tokens meet the vocabulary at once; None: 256 on a CPU, 2048 elsewhere.
+      chunk: about how many tokens meet the vocabulary at once; None: 256 on a CPU, 2048 elsewhere. More where rows on
+        several devices keep to themselves and would make over 16 blocks.
     """
     chex.assert_equal_shape([chosen, *(side.at for side in sides)])
-    shape, pools, rows = chosen.shape, [side.states for side in sides], sides[0].states.shape[0]
-    tokens = _Tokens(tuple(side.at for side in sides), arrays, chosen)
+    shape, rows = chosen.shape, math.gcd(*(len(side.states) for side in sides))
+    if not chosen.size:
+        raise ValueError(f"tokens of shape {shape}; expected at least one row and one column")
+    sides = tuple(_in_bundles(side, rows) for side in sides)
+    pools, tokens = [side.states for side in sides], _Tokens(tuple(side.at for side in sides), arrays, chosen)
     tokens = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[2:]), tokens)
     axes, listed = _placement(rows)
 
@@ -78,6 +82,13 @@ def measured(
     return {name: x.reshape(*shape, *x.shape[2:]) for name, x in run(pools, tokens).items()}
 
 
+def _in_bundles(side: Side, rows: int) -> Side:
+    """The side in `rows` bundles, each of several of its own: networks may have different layouts."""
+    (bundles, count, width), length = side.states.shape, len(side.at)
+    first = jnp.arange(length) * bundles // length % (bundles // rows) * count
+    return Side(side.head, side.states.reshape(rows, -1, width), side.at + jnp.expand_dims(first, 1))
+
+
 def _placement(rows: int) -> tuple[tuple[str, ...], bool]:
     """The axes of the ambient mesh over which rows lie, and whether a device may make one list of all that it has."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -90,7 +101,7 @@ def _placement(rows: int) -> tuple[tuple[str, ...], bool]:
     return shared, bool(shared) or not axes
 
 
-def _width(shape: tuple[int, int], chunk: int | None, listed: bool) -> tuple[int, int]:
+def _width(shape: tuple[int, ...], chunk: int | None, listed: bool) -> tuple[int, int]:
     """Rows and columns of a block. Of rows that keep to themselves at most 16 blocks: each sums the head's gradient."""
     if chunk is None:
         chunk = 256 if jax.default_backend() == "cpu" else 2048
@@ -216,7 +227,7 @@ def _block(width: int, order: Array, index: Array, pools: list[Array], tokens: _
     at = [_pick(x, own) for x in tokens.at]
     # what lies behind the last token, NaN included, must reach nothing
     states = [_only(_pick(pool, places), real) for pool, places in zip(pools, at)]
-    return _Block(states, at, jax.tree.map(lambda x: _pick(x, own), tokens.arrays), real)
+    return _Block(states, at, jax.tree.map(lambda x: _only(_pick(x, own), real), tokens.arrays), real)
 
 
 def _order(chosen: Bool[Array, "R N"], width: int) -> tuple[Int[Array, "R P"], Int[Array, ""]]:

@@ -61,7 +61,7 @@ def score(
       tokens: token ids `[B, T]`.
       segments: `[B, T]`, 0 (or False) for padding, k >= 1 for the k-th packed part of the row.
       mask: `[B, T]`, the tokens to score; all that can be predicted when None.
-      temperature: divides the logits, a number or `[B]` of each row; use the sampler's. 0 is not one to score at.
+      temperature: divides the logits, a number, or `[B]` of each row and then a constant; the sampler's, above 0.
       want: which other fields of `Scores` to compute, by name. "values" needs a model with a scalar head (a policy that
         is its own critic), "ref_logp" and "forward_kl" a `reference`.
       reference: parameters of a frozen copy of the model, read beside it.
@@ -99,7 +99,8 @@ def score(
     heat = jnp.broadcast_to(jnp.expand_dims(temperature, 1), tokens.shape) if jnp.ndim(temperature) else None
 
     def measure(logits: tuple[Array, ...], arrays: tuple, known: dict[str, Array] | None) -> dict[str, Array]:
-        divisor = temperature if arrays[1] is None else jnp.expand_dims(arrays[1], 2)
+        # 0 stands where no token does
+        divisor = temperature if arrays[1] is None else jnp.expand_dims(jnp.where(arrays[1] == 0, 1, arrays[1]), 2)
         own, *others = (x / divisor for x in logits)
         scores = _token_scores(own, arrays[0], want, known)
         for ref_logits in others:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from problems import rows, tiny
 
-from alignax import logprobs, losses
+from alignax import layouts, logprobs, losses
 
 WANT = ("entropy", "correct", "logits", "mean_logp", "log_normalizer", "log_sum_p2", "ref_logp", "forward_kl")
 
@@ -126,6 +126,31 @@ def test_no_array_of_the_size_of_all_logits():
     assert (
         "1x256x32xf32" in text and "512x32xf32" not in text and "2048x32xf32" not in text
     )  # the vocabulary has 32 tokens
+
+
+def test_sides_may_have_different_layouts_and_padding_may_hold_anything(batch):
+    model, params = tiny()
+    tokens, segments, mask = (jnp.asarray(batch[name][:4]) for name in ("tokens", "segments", "mask"))
+    forms = (model, model, layouts.packed(model, width=30, members=2), layouts.packed(model, width=50, members=4))
+    garbage = jnp.where(mask, 1.0, jnp.nan)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params, which):
+        teacher = jax.tree.map(lambda x: 0.9 * jax.lax.stop_gradient(x), params)
+        sides = [logprobs.before(form, p, tokens, segments) for form, p in zip(forms, (params, teacher) * 2)]
+        found = [
+            logprobs.token_divergence(
+                lambda p, q, x: x * losses.full_kl(p, q, jnp.ones(p.shape[:2])), (sides[i], sides[j]), mask, garbage
+            )
+            for i, j in ((0, 1), (0, 3), (2, 3))
+        ]
+        return jnp.sum(jnp.stack(found) * jnp.expand_dims(which, (1, 2)))
+
+    one, *others = (gradient(params, jnp.eye(3)[i]) for i in range(3))
+    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(one)) > 1e-3
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
 
 
 def test_bad_arguments_are_refused(batch):
