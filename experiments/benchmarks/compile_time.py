@@ -6,6 +6,8 @@ Layers are stacked and scanned over, so that depth should cost next to nothing. 
 depends on the operations it sees, not on their sizes. In turns, between probes (a 2048-cubed float32 matrix product),
 each from an empty cache: tracing, lowering and compiling in one. Functions that JAX itself wrote once in a process
 (random numbers, say) are traced by a first compilation that is not counted.
+
+Read on two CPU cores (jax 0.10.2, 2026-11-21): 3.45 s and 3.53 s, a ratio of 1.00 in its rounds.
 """
 
 import jax

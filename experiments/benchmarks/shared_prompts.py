@@ -8,6 +8,9 @@ between probes (a 2048-cubed float32 matrix product), with the temporaries of ea
 
 What decides is how many times fewer tokens there are; attention to a prompt in one piece and to a completion in
 another costs a merge. Where prompts are short, repeating them may be as good.
+
+Read on two CPU cores (jax 0.10.2, 2026-11-21, probes 354-432): 512+64 3.0 s and 0.84 s (3.6 x; 4.5 x fewer tokens),
+512+128 2.7 x; 64+128 1.2 x; pairs of 64+192 1.04 to 1.1 x.
 """
 
 import jax

@@ -25,7 +25,7 @@ class Update(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """How our updates are run; the defaults are what was fastest on two cores."""
+    """How our updates are run; the keeping of dots was fastest on two cores, by 2 to 4 % over nothing."""
     parser.add_argument("--remat", default="dots", help="what the forward pass keeps, see `policy` (default: dots)")
     parser.add_argument("--microbatches", type=int, default=1, help="parts of a batch (default: 1)")
 
