@@ -11,9 +11,9 @@ epoch of updates on batches made ahead, between probes (a 2048-cubed float32 mat
 Pairs in an update differ between them, and so would a learning rate; what is compared is how long an epoch takes. The
 fill is tokens over columns that run through the network.
 
-Read on two CPU cores, 96 pairs, one round beside other work (2026-11-21, probes 119-294): 2.7 pairs a second padded to
-512, 7.3 in buckets, 6.2 packed; fill 25, 52 and 86 %. So 2.3 x over padded batches, but no more than buckets give here:
-attention over packed rows of 1024 costs a CPU what the padding did. One compiled shape instead of three.
+Read on two CPU cores (jax 0.10.2, 2026-11-21, `--pairs 64`, probes 372-437, one of two rounds counts): 5.5 pairs a
+second padded to 512, 13.8 in buckets, 12.4 packed; fill 25, 53 and 79 %. So 2.3 x over padded batches, but 0.9 to 1.0 x
+of buckets: attention over packed rows of 1024 costs a CPU what the padding did. One compiled shape instead of three.
 """
 
 import jax
