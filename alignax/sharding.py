@@ -20,9 +20,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
+# The axes of a mesh by name, in the order in which a mesh of several has them: rows lie over the first two, so do
+# parameters over "fsdp" and the tokens of a row over "sequence".
+AXES = ("data", "fsdp", "sequence", "expert", "tensor")
+ROW_AXES = ("data", "fsdp")
+
 
 def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
-    """A mesh with named axes over all devices: `make_mesh(data=-1, model=2)`; one size may be -1, for what is left.
+    """A mesh with named axes over all devices: `make_mesh(data=-1, tensor=2)`; one size may be -1, for what is left.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
@@ -105,20 +110,31 @@ def on_host(x: Any) -> bool:
     return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def shard_batch(batch: Any, mesh: Mesh, axis: str = "data") -> Any:
-    """Puts a batch on the mesh, its rows over `axis`.
+def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of a mesh over which rows lie, of `ROW_AXES`."""
+    return tuple(axis for axis in ROW_AXES if axis in mesh.axis_names)
+
+
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
+    """How many devices take different rows."""
+    return math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Puts a batch on the mesh, its rows over the axes of `ROW_AXES` that the mesh has.
 
     Raises:
-      ValueError: when the rows do not divide among the devices of that axis.
+      ValueError: when the rows do not divide among the devices of those axes.
     """
+    where, count = NamedSharding(mesh, PartitionSpec(row_axes(mesh))), row_devices(mesh)
 
     def put(path, leaf):
-        if leaf.shape[0] % mesh.shape[axis]:
+        if leaf.shape[0] % count:
             raise ValueError(
                 f"shard_batch: batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows, which do not divide among "
-                f"{mesh.shape[axis]} devices of axis {axis!r}"
+                f"{count} devices of the axes {row_axes(mesh)}"
             )
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axis)))
+        return jax.device_put(leaf, where)
 
     return jax.tree_util.tree_map_with_path(put, batch)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from alignax import sharding
 from alignax.io import hf
 
 
@@ -15,7 +16,7 @@ def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> Non
 
     Args:
       config: a script's Config.
-      mesh: with an axis "data".
+      mesh: over whose row axes the parts go.
       rows: of one update's batch, before it is split.
       parts: into how many parts it is split, before each goes over the devices.
 
@@ -33,9 +34,9 @@ def check(config: Any, mesh: jax.sharding.Mesh, *, rows: int, parts: int) -> Non
     check_ranges(
         config, least={"warmup": 0, "max_grad_norm": 0} | dict.fromkeys({"weight_decay"} & set(vars(config)), 0)
     )
-    devices = mesh.shape["data"]
+    devices = sharding.row_devices(mesh)
     if rows < 1 or rows % (parts * devices):
-        raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices of the data axis each")
+        raise ValueError(f"{rows} rows do not divide into {parts} parts on {devices} devices that take rows each")
 
 
 def check_ranges(config: Any, *, least: Mapping[Any, float], most: Mapping[Any, float] | None = None) -> None:

@@ -26,9 +26,11 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import optax
 import rollouts
+import running
 import tyro
 from rollouts import POLICY_LOSSES, PolicyLoss
 
@@ -53,7 +55,7 @@ CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy",
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(adapters.Options, rollouts.Options):
+class Config(adapters.Options, rollouts.Options, running.Options):
     """Group-relative policy optimisation."""
 
     model: str
@@ -137,8 +139,6 @@ class Config(adapters.Options, rollouts.Options):
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of the data order and of sampling."""
 
@@ -210,7 +210,7 @@ def completions_together(config: Config, prompts: rollouts.Prompts, mesh: jax.sh
     """How many rows run through the network with their prompt once: a group, or 1 where it does not pay or divide."""
     width = max(prompt.length for prompt in [*prompts.train, *prompts.held_out])  # all are padded to it
     gain = layouts.shared_prompt_gain(width, config.max_new_tokens, config.group)
-    parts = config.minibatches * config.microbatches * mesh.shape["data"]
+    parts = config.minibatches * config.microbatches * sharding.row_devices(mesh)
     if not config.share_prompts or gain < 1.1 or config.prompts % parts:
         return 1
     print(f"in updates a prompt runs once for its {config.group} completions: {gain:.1f} times fewer tokens")
@@ -270,11 +270,11 @@ def compare(config: Config, reward: np.ndarray, rows: Any, real: np.ndarray) -> 
     return advantages_of(config.advantages, grouped, rows.mask), weights.astype(jnp.float32), metrics
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     summands = [rollouts.rule(config.reward, 1.0)]
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check_counts(config, mesh)
     hyper = hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

@@ -21,9 +21,11 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import optax
 import packed
+import running
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -39,7 +41,7 @@ CURVES += ("held_out/rewards/margins",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(running.Options):
     """Learning from answers said to be good or bad."""
 
     model: str
@@ -89,8 +91,6 @@ class Config:
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of the data order and of sampling."""
 
@@ -187,9 +187,9 @@ def make_steps(
     return jax.jit(update, donate_argnums=0), *measures
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

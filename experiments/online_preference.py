@@ -29,8 +29,10 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import rollouts
+import running
 import tyro
 
 from alignax import losses, models, reduce, rewards, sampling, sharding, train
@@ -66,7 +68,7 @@ METHODS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(rollouts.Options):
+class Config(rollouts.Options, running.Options):
     """Learning from preferences between a policy's own samples."""
 
     model: str
@@ -135,8 +137,6 @@ class Config(rollouts.Options):
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of the data order and of sampling."""
 
@@ -313,10 +313,10 @@ def make_evaluate(
     return evaluate
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

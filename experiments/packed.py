@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alignax import data, layouts
+from alignax import data, layouts, sharding
 from alignax.types import Model
 
 
@@ -52,7 +52,7 @@ def arrange(config: Any, rows: Sequence, batches: partial, mesh: jax.sharding.Me
         print("training rows:", data.batching.statistics(rows, **shape))
         return Packing()
     lengths = data.packing.token_counts(rows)
-    parts = config.microbatches * mesh.shape["data"]
+    parts = config.microbatches * sharding.row_devices(mesh)
     count = parts * math.ceil(round(config.batch_size * lengths.mean() / (0.95 * config.pack), 3) / parts)
     found = Packing(config.pack, count, data.packing.usual_members(lengths, width=config.pack))
     shape |= {"batch_rows": count, "width": config.pack, "limit": config.limit}

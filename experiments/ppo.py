@@ -25,7 +25,9 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import rollouts
+import running
 import tyro
 from actor_critic import Learner, States
 from jax.sharding import NamedSharding, PartitionSpec
@@ -47,7 +49,7 @@ CURVES += ("approx_kl", "loss/value", "values/explained_variance", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(rollouts.Options):
+class Config(rollouts.Options, running.Options):
     """Proximal policy optimisation."""
 
     model: str
@@ -163,8 +165,6 @@ class Config(rollouts.Options):
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of new heads, the data order and sampling."""
 
@@ -336,10 +336,10 @@ def learn_from(
     return states, rollouts.mean_of(parts)
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
     loaded, reward, summands = common.load_policy(config.model, **options), None, []

@@ -27,10 +27,12 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import optax
 import packed
 import pairwise
+import running
 import sharing
 import tyro
 
@@ -45,7 +47,7 @@ CURVES = ("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "hel
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(adapters.Options):
+class Config(adapters.Options, running.Options):
     """Learning from preference pairs."""
 
     model: str
@@ -120,8 +122,6 @@ class Config(adapters.Options):
     """Of AdamW's moments: float32, bfloat16, or eight bits with a scale for each block."""
     offload: bool = False
     """Keep AdamW's moments in the host's memory; each update fetches them, leaf by leaf."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different pairs."""
     seed: int = 0
     """Of the data order and of sampling."""
 
@@ -281,9 +281,9 @@ def make_optimizer(config: Config, pairs: list) -> optax.GradientTransformation:
     return common.optimizer_of(config, bits=config.optimizer_bits, offload=config.offload)
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     objective, hyper = check_loss(config, mesh)
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

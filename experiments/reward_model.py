@@ -18,9 +18,11 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import packed
 import preference
+import running
 import tyro
 
 from alignax import data, models, sharding, train
@@ -32,7 +34,7 @@ CURVES = ("loss", "rewards/accuracies", "rewards/margins", "held_out/loss", "hel
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(running.Options):
     """A reward model from preference pairs."""
 
     model: str
@@ -76,8 +78,6 @@ class Config:
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different pairs."""
     seed: int = 0
     """Of the new head and the data order."""
 
@@ -154,10 +154,10 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     packed.check(config, sides=2)
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     check(config, mesh)
     loaded = load_scored(config, mesh)
     checks.check_context(loaded, "limit", config.limit)

@@ -17,8 +17,10 @@ import checks
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import packed
+import running
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -31,7 +33,7 @@ CURVES = ("loss", "held_out/loss", "mean_token_accuracy", "held_out/accuracy", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(adapters.Options):
+class Config(adapters.Options, running.Options):
     """Supervised fine-tuning."""
 
     model: str
@@ -81,8 +83,6 @@ class Config(adapters.Options):
     """Global norm to which gradients are clipped; 0 clips nothing."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, losses and optimizer stay float32."""
-    model_axis: int = 1
-    """Devices over which each layer is split; the others take different rows."""
     seed: int = 0
     """Of the data order and of sampling."""
 
@@ -129,10 +129,10 @@ def prompt_of(row: data.TokenRow) -> np.ndarray:
     return row.tokens[: max(1, int(row.mask.argmax()))]
 
 
-def main(config: Config) -> dict[str, float]:
+@launch.on_mesh
+def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
-    mesh = sharding.make_mesh(data=-1, model=config.model_axis)
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
     packed.check(config)

@@ -39,7 +39,7 @@ from alignax.logprobs import last_score, token_logprobs, token_values
 
 PROBLEMS = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 KEPT = ("host", "host8")  # state and reference in the host's memory, as they are and in eight bits
-HOW = ("one", "data_8", "data_4_model_2", "pmap")
+HOW = ("one", "data_8", "data_4_tensor_2", "pmap")
 # rows over all devices is the mesh of fewest surprises: not paid for by every problem
 RUNS = [
     (name, how) for name in PROBLEMS for how in HOW if how != "data_8" or name in ("sft", "dpo", "grpo", "ppo_shared")
@@ -70,8 +70,8 @@ def on_mesh(*, ambient=False, **axes):
         projection = state.params.get("backbone", state.params)["layers"]["attn"]["q"]
         kernel = projection.get("kernel", projection.get("lora_b"))
         assert len(kernel.sharding.device_set) == 8
-        if "model" in axes:
-            assert kernel.sharding.spec == PartitionSpec(None, None, "model"), kernel.sharding
+        if "tensor" in axes:
+            assert kernel.sharding.spec == PartitionSpec(None, None, "tensor"), kernel.sharding
         return state, metrics
 
     return run
@@ -106,11 +106,11 @@ def each_its_own():
 
         return place, lambda tree: jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
 
-    mesh, whole = sharding.make_mesh(data=4, model=2), ((r".*", PartitionSpec()),)
+    mesh, whole = sharding.make_mesh(data=4, tensor=2), ((r".*", PartitionSpec()),)
     return {
         "policy": on(mesh, models.RULES, "data"),
         "critic": on(mesh, whole, "data"),
-        "reference": on(sharding.make_mesh(model=8), models.RULES),
+        "reference": on(sharding.make_mesh(tensor=8), models.RULES),
         "reward": on(sharding.make_mesh(data=8), whole, "data"),
     }
 
@@ -177,12 +177,12 @@ def main(out):
         runs = {
             "one": {},
             "data_8": {"run": on_mesh(data=8, ambient=name != "sft")},
-            "data_4_model_2": {"run": on_mesh(data=4, model=2, ambient=name in ("dapo", "kto")), "microbatches": 2},
+            "data_4_tensor_2": {"run": on_mesh(data=4, tensor=2, ambient=name in ("dapo", "kto")), "microbatches": 2},
             "pmap": {"run": mapped(), "microbatches": 2, "axis_name": "device"},
-            "packed_mesh": {"run": on_mesh(data=4, model=2, ambient=name == "dpo"), "microbatches": 2},
+            "packed_mesh": {"run": on_mesh(data=4, tensor=2, ambient=name == "dpo"), "microbatches": 2},
             "packed_pmap": {"run": mapped(), "axis_name": "device"},
             "common": {},
-            "common_mesh": {"run": on_mesh(data=4, model=2, ambient=True), "microbatches": 2},
+            "common_mesh": {"run": on_mesh(data=4, tensor=2, ambient=True), "microbatches": 2},
             "common_pmap": {"run": mapped(), "axis_name": "device"},
         }
         for how in (how for which, how in RUNS if which == name):
@@ -196,10 +196,10 @@ def main(out):
         leaves = jax.tree_util.tree_leaves_with_path(ppo_step(place))
         arrays |= {f"placed/{how}{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     for how in KEPT:
-        for where, axes in (("one", {}), ("mesh", {"data": 4, "model": 2})):
+        for where, axes in (("one", {}), ("mesh", {"data": 4, "tensor": 2})):
             _, state, *_ = leafwise_test.three(how, **axes)
             moments = jax.tree.leaves(state.opt_state[1].leaves[-1])[-1]  # of up/kernel
-            assert ("model" in moments.sharding.spec) == bool(axes)
+            assert ("tensor" in moments.sharding.spec) == bool(axes)
             assert moments.sharding.memory_kind == "pinned_host"
             leaves = jax.tree_util.tree_leaves_with_path((state.params, state.opt_state))
             arrays |= {f"kept/{how}/{where}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
@@ -209,7 +209,7 @@ def main(out):
 
 def collectives_of_the_head():
     """In the gradient of log-probabilities on a mesh: all-gathers, and the sums of what has the shape of the head."""
-    (model, params), mesh = tiny(), sharding.make_mesh(data=4, model=2)
+    (model, params), mesh = tiny(), sharding.make_mesh(data=4, tensor=2)
     params = jax.device_put(params, sharding.shardings(params, mesh, models.RULES))
     batch = sharding.shard_batch({name: jnp.asarray(x) for name, x in rows(ROWS).items()}, mesh)
 

@@ -54,7 +54,7 @@ def three(how, **axes):
     def create(params):
         return train.TrainState.create(params, optimizer)
 
-    rules = ((r"up/kernel$", PartitionSpec(None, "model")), (r".*", PartitionSpec()))
+    rules = ((r"up/kernel$", PartitionSpec(None, "tensor")), (r".*", PartitionSpec()))
     start = state = sharding.born_sharded(create, mesh, rules, host=HOST if host else None)(PARAMS)
     where = sharding.shardings(PARAMS, mesh, rules, host="" if host else None)
     frozen = {"reference": jax.device_put(jax.tree.map(lambda x: -x, PARAMS), where)}

@@ -171,13 +171,13 @@ def test_state_is_sharded_as_its_parameters_are():
     optimizer = precision.compressed(optax.adamw(1e-3), bits=8, block=64)
     state = jax.eval_shape(lambda p: train.TrainState.create(p, optimizer), PARAMS)
     for model in (3, 2):  # 192 columns, 3 blocks: these divide by 3 and not by 2
-        mesh = AbstractMesh((1, model), ("data", "model"))
+        mesh = AbstractMesh((1, model), ("data", "tensor"))
         rules = [rule for rule in models.RULES if "embed" not in rule[0]]
         found = jax.tree.map(lambda x: x.spec, sharding.shardings(state, mesh, rules))
         values, scales = found.opt_state.values[0].mu, found.opt_state.block_scales[0].mu
-        assert values == found.params and values["layers"]["up"]["kernel"] == PartitionSpec(None, None, "model")
+        assert values == found.params and values["layers"]["up"]["kernel"] == PartitionSpec(None, None, "tensor")
         assert scales["layers"]["up"] == {
-            "kernel": PartitionSpec(None, None, "model") if model == 3 else PartitionSpec(None, None),
+            "kernel": PartitionSpec(None, None, "tensor") if model == 3 else PartitionSpec(None, None),
             "bias": None,
         }
 

@@ -10,7 +10,7 @@ from problems import tiny
 
 from alignax import models, sharding, train
 
-RULES = ((r"kernel$", PartitionSpec(None, "model")), (r"bias$", PartitionSpec("model")), (r".*", PartitionSpec()))
+RULES = ((r"kernel$", PartitionSpec(None, "tensor")), (r"bias$", PartitionSpec("tensor")), (r".*", PartitionSpec()))
 
 
 def abstract(**axes):
@@ -26,17 +26,17 @@ def shapes(**leaves):
 
 
 def test_the_first_rule_that_matches_decides():
-    found = specs({"layer": shapes(kernel=(4, 6), bias=(6,), scale=(4,))}, abstract(data=2, model=3))
+    found = specs({"layer": shapes(kernel=(4, 6), bias=(6,), scale=(4,))}, abstract(data=2, tensor=3))
     assert found["layer"] == {
-        "kernel": PartitionSpec(None, "model"),
-        "bias": PartitionSpec("model"),
+        "kernel": PartitionSpec(None, "tensor"),
+        "bias": PartitionSpec("tensor"),
         "scale": PartitionSpec(),
     }
 
 
 def test_optimizer_state_follows_its_parameters():
     _, params = tiny()
-    mesh = abstract(data=2, model=2)
+    mesh = abstract(data=2, tensor=2)
     state = jax.eval_shape(lambda p: train.TrainState.create(p, optax.adamw(1e-3)), params)
     found = specs(state, mesh, models.RULES)
     assert found.params == specs(params, mesh, models.RULES)
@@ -50,16 +50,16 @@ def test_axes_the_mesh_lacks_are_left_out():
 
 def test_errors_name_the_leaf():
     with pytest.raises(ValueError, match=r"'a/kernel' of shape \(4, 5\) does not divide by 3"):
-        specs({"a": shapes(kernel=(4, 5))}, abstract(model=3))
+        specs({"a": shapes(kernel=(4, 5))}, abstract(tensor=3))
     with pytest.raises(ValueError, match=r"no rule matches 'scale'; rules: \['kernel\$'\]"):
-        specs(shapes(scale=(4,)), abstract(model=2), RULES[:1])
+        specs(shapes(scale=(4,)), abstract(tensor=2), RULES[:1])
 
 
 def test_make_mesh():
-    mesh = sharding.make_mesh(data=-1, model=1)
-    assert dict(mesh.shape) == {"data": len(jax.devices()), "model": 1}
+    mesh = sharding.make_mesh(data=-1, tensor=1)
+    assert dict(mesh.shape) == {"data": len(jax.devices()), "tensor": 1}
     with pytest.raises(ValueError, match="do not multiply to"):
-        sharding.make_mesh(data=3, model=5)
+        sharding.make_mesh(data=3, tensor=5)
 
 
 def test_batches_that_do_not_divide_are_refused():

@@ -298,11 +298,11 @@ def _on_own_rows(attend: Callable[..., Array], queries: Array, cache: LayerCache
 
 
 def _free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the mesh in effect that XLA would split over: of rows, and of heads ("model")."""
+    """The axes of the mesh in effect that XLA would split over: of rows, and of heads ("tensor")."""
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if mesh.shape[name] > 1 and kind != manual]
-    return tuple(name for name in free if name != "model"), tuple(name for name in free if name == "model")
+    return tuple(name for name in free if name != "tensor"), tuple(name for name in free if name == "tensor")
 
 
 def _unsplit(config: TransformerConfig, rows: int, here: bool) -> str | None:

@@ -1,7 +1,7 @@
 """What an update holds on each device, told before anything is compiled: from shapes, shardings and a traced loss.
 
     found = planning.plan(config, partial(preference.make_loss, loss=losses.dpo), optax.adam(1e-6), batch,
-                          mesh=AbstractMesh((8, 4), ("data", "model")), reference=True, microbatches=4)
+                          mesh=AbstractMesh((8, 4), ("data", "tensor")), reference=True, microbatches=4)
     print(found)
     planning.check_fits(found, 80 * 2**30)
 
@@ -85,7 +85,7 @@ def plan(
       optimizer: any optax transformation.
       batch: arrays or shapes, of all devices; its leaves lead with the rows.
       build: makes the model, such as `lambda config: with_score(transformer(config))` for a reward model.
-      mesh: of devices or an abstract one. The rows are split over its axis "data"; over "model" heads, MLP and
+      mesh: of devices or an abstract one. The rows are split over its axis "data"; over "tensor" heads, MLP and
         vocabulary, as far as they divide.
       rules: of the parameters, as for `sharding.shardings`.
       host: a regex of the leaves in the host's memory, as for `sharding.shardings`: "^opt_state/" or "^reference/".
@@ -101,7 +101,7 @@ def plan(
     data = mesh.shape.get("data", 1)
     part = _part(batch, microbatches * data)
     params = _init(build(config))
-    local = build(_one_share(config, mesh.shape.get("model", 1)))
+    local = build(_one_share(config, mesh.shape.get("tensor", 1)))
 
     def held(name: str, tree: Any) -> int:
         return _held({name: tree}, mesh, rules, host)

@@ -24,17 +24,17 @@ from alignax.models.rows import Rows
 from alignax.models.segments import segment_positions
 from alignax.types import Array, Cache, Hidden, Model, Params
 
-# Tensor parallel over "model": projections into the heads and the MLP split by column, those out of them by row, the
+# Tensor parallel over "tensor": projections into the heads and the MLP split by column, those out of them by row, the
 # embedding and the head by vocabulary. Each expert of a mixture is split like an MLP, so that no routing leaves a
 # device idle. The leading axis of everything under "layers" is the layer.
 RULES = (
-    (r"(^|/)embed/embedding$", P("model", None)),
-    (r"(^|/)head/kernel$", P(None, "model")),
-    (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "model")),
-    (r"(^|/)experts/down/kernel$", P(None, None, "model", None)),
-    (r"(^|/)(q|k|v|gate|up)/(kernel(/qvalue|/scale)?|lora_b)$", P(None, None, "model")),
-    (r"(^|/)(q|k|v|gate|up)/(bias|lora_magnitude)$", P(None, "model")),
-    (r"(^|/)(o|down)/(kernel(/qvalue)?|lora_a)$", P(None, "model", None)),
+    (r"(^|/)embed/embedding$", P("tensor", None)),
+    (r"(^|/)head/kernel$", P(None, "tensor")),
+    (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "tensor")),
+    (r"(^|/)experts/down/kernel$", P(None, None, "tensor", None)),
+    (r"(^|/)(q|k|v|gate|up)/(kernel(/qvalue|/scale)?|lora_b)$", P(None, None, "tensor")),
+    (r"(^|/)(q|k|v|gate|up)/(bias|lora_magnitude)$", P(None, "tensor")),
+    (r"(^|/)(o|down)/(kernel(/qvalue)?|lora_a)$", P(None, "tensor", None)),
     (r".*", P()),
 )
 

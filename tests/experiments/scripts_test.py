@@ -139,7 +139,7 @@ def test_grpo_on_a_mesh(tiny_folder, tmp_path):
     (tmp_path / "mine.py").write_text(
         "def size(prompts, completions, **_):\n    return [len(c) for c in completions]\n"
     )
-    command = [sys.executable, grpo.__file__, "--model", tiny_folder, "--output", tmp_path / "out", "--model-axis", "2"]
+    command = [sys.executable, grpo.__file__, "--model", tiny_folder, "--output", tmp_path / "out", "--tensor", "2"]
     command += ["--data", write(tmp_path / "data.jsonl", prompts(12)), "--reward", f"{tmp_path / 'mine.py'}:size"]
     command += "--steps 1 --warmup 0 --prompts 4 --group 4 --minibatches 2 --max-new-tokens 4".split()
     env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}

@@ -14,11 +14,11 @@ from alignax.io import hf, tensors
 
 # Written out, not taken from the library: where some leaves must lie on a mesh (data 2, model 4), fsdp over data.
 RULES = (
-    (r"embed/embedding$", P("model", "data")),
-    (r"(q|k|v|gate|up)/kernel$", P(None, "data", "model")),
-    (r"(o|down)/kernel$", P(None, "model", "data")),
-    (r"(q|k|v)/bias$", P("data", "model")),
-    (r"head/kernel$", P("data", "model")),
+    (r"embed/embedding$", P("tensor", "data")),
+    (r"(q|k|v|gate|up)/kernel$", P(None, "data", "tensor")),
+    (r"(o|down)/kernel$", P(None, "tensor", "data")),
+    (r"(q|k|v)/bias$", P("data", "tensor")),
+    (r"head/kernel$", P("data", "tensor")),
     (r".*", P()),
 )
 PARTS = {
@@ -59,7 +59,7 @@ def numpy_leaf(name, values):
 
 
 def check_case(goldens, out, case):
-    mesh = sharding.make_mesh(data=2, model=4)
+    mesh = sharding.make_mesh(data=2, tensor=4)
     sharded = hf.load(goldens / case, mesh=mesh, rules=RULES)
     values = load_file(goldens / case / "model.safetensors")
     leaves = {sharding.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(sharded.params)}
@@ -77,7 +77,7 @@ def check_case(goldens, out, case):
     forward = jax.jit(lambda p: model.logits(p, model.hidden(p, tokens, jnp.asarray(valid, jnp.int32)).states))
     np.testing.assert_allclose(np.asarray(forward(sharded.params))[valid], expected["logits"][valid], rtol=0, atol=2e-4)
     default = hf.load(goldens / case, mesh=mesh)
-    assert default.params["layers"]["mlp"]["up"]["kernel"].sharding.spec == P(None, None, "model")
+    assert default.params["layers"]["mlp"]["up"]["kernel"].sharding.spec == P(None, None, "tensor")
     hf.save(out / case, model, sharded.params, max_shard_bytes=20_000)
     again = hf.load(out / case)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), again.params, sharded.params)
@@ -85,18 +85,18 @@ def check_case(goldens, out, case):
 
 def check_score(goldens):
     """Rules are found in the paths under "backbone"; the score itself is on every device."""
-    mesh = sharding.make_mesh(data=2, model=4)
+    mesh = sharding.make_mesh(data=2, tensor=4)
     loaded = hf.load(goldens.with_name("score") / "llama", mesh=mesh, rules=RULES)
     values = load_file(goldens.with_name("score") / "llama/model.safetensors")
     query, score = loaded.params["backbone"]["layers"]["attn"]["q"]["kernel"], loaded.params["score"]["kernel"]
-    assert query.sharding.spec == P(None, "data", "model") and score.sharding.spec == P()
+    assert query.sharding.spec == P(None, "data", "tensor") and score.sharding.spec == P()
     np.testing.assert_array_equal(np.asarray(query), numpy_leaf("layers/attn/q/kernel", values))
     np.testing.assert_array_equal(np.asarray(score), values["score.weight"].T)
 
 
 def check_fused(goldens, case):
     """Parts of one tensor on a mesh: those that one device reads, which the logits of other tests prove."""
-    mesh = sharding.make_mesh(data=2, model=4)
+    mesh = sharding.make_mesh(data=2, tensor=4)
     sharded, alone = hf.load(goldens / case, mesh=mesh, rules=RULES).params, hf.load(goldens / case).params
     assert sharded["layers"]["attn"]["q"]["kernel"].addressable_shards[0].data.shape == (2, 8, 4)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), sharded, alone)
@@ -104,8 +104,8 @@ def check_fused(goldens, case):
 
 def check_reads_are_slices(goldens):
     """No shard's reading takes more of a tensor than the shard holds, and no part is read twice."""
-    mesh = sharding.make_mesh(data=2, model=4)
-    where = jax.sharding.NamedSharding(mesh, P(None, None, "model"))
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    where = jax.sharding.NamedSharding(mesh, P(None, None, "tensor"))
     with tensors.open_folder(goldens / "qwen3") as found:
         up = {"up": {"kernel": jax.ShapeDtypeStruct((2, 32, 48), np.float32)}}
         leaf = tensors.plan(up, {"up/kernel": "model.layers.{}.mlp.up_proj.weight"})[0]

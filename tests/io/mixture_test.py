@@ -36,11 +36,11 @@ def test_load_balancing_equals_transformers(case):
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
 def test_experts_divide_over_the_model_axis(case):
     shapes = jax.eval_shape(hf.load(GOLDENS / case).model.init, jax.random.key(0))
-    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "model"))
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"))
     experts = shardings(shapes, mesh, RULES)["layers"]["mlp"]["experts"]
     for name, axis in (("gate", 3), ("up", 3), ("down", 2)):
         spec = experts[name]["kernel"].spec
-        assert [i for i, entry in enumerate(spec) if entry == "model"] == [axis]
+        assert [i for i, entry in enumerate(spec) if entry == "tensor"] == [axis]
 
 
 def test_both_spellings_of_the_number_of_experts():

@@ -317,9 +317,9 @@ def test_shapes_will_do_and_rules_split_what_they_split_of_the_kernel():
     shapes = jax.eval_shape(functools.partial(lora.init, config=DORA), jax.random.key(0), base)
     made = lora.init(jax.random.key(0), jax.eval_shape(model.init, jax.random.key(0)), CONFIG)
     assert made["layers"]["attn"]["q"]["lora_a"].shape == shapes["layers"]["attn"]["q"]["lora_a"].shape
-    where = sharding.shardings(shapes, AbstractMesh((1, 2), ("data", "model")), models.RULES)["layers"]
+    where = sharding.shardings(shapes, AbstractMesh((1, 2), ("data", "tensor")), models.RULES)["layers"]
     specs = {f"{part}/{leaf}": where["mlp"][part][leaf].spec for part in ("up", "down") for leaf in where["mlp"][part]}
-    split = {name: [axis for axis, part in enumerate(spec) if part == "model"] for name, spec in specs.items()}
+    split = {name: [axis for axis, part in enumerate(spec) if part == "tensor"] for name, spec in specs.items()}
     wanted = {"up/lora_a": [], "up/lora_b": [2], "up/lora_magnitude": [1]}
     assert split == wanted | {"down/lora_a": [1], "down/lora_b": [], "down/lora_magnitude": []}
 

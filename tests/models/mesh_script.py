@@ -49,7 +49,7 @@ def check_mixture(mesh):
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
     gradient = jax.grad(lambda params, x: jnp.sum(MixtureMLP(config).apply({"params": params}, x)[0] ** 2), (0, 1))
     expected = jax.jit(gradient)(params, x)
-    rules = ((r"experts/down", P(None, "model", None)), (r"experts", P(None, None, "model")), (r"", P()))
+    rules = ((r"experts/down", P(None, "tensor", None)), (r"experts", P(None, None, "tensor")), (r"", P()))
     sharded = jax.device_put(params, sharding.shardings(params, mesh, rules)), sharding.shard_batch(x, mesh)
     with jax.set_mesh(mesh):
         own_rows = jax.jit(gradient).lower(*sharded).compile()
@@ -72,7 +72,7 @@ def check_kernel(mesh):
 
     gradient = jax.jit(jax.grad(mixed, (0, 1, 2)))
     expected = gradient(*arrays, segments)
-    by_head, by_row = NamedSharding(mesh, P("data", None, "model")), NamedSharding(mesh, P("data"))
+    by_head, by_row = NamedSharding(mesh, P("data", None, "tensor")), NamedSharding(mesh, P("data"))
     with jax.set_mesh(mesh):
         compiled = gradient.lower(*jax.device_put(arrays, by_head), jax.device_put(segments, by_row)).compile()
     found = compiled(*jax.device_put(arrays, by_head), jax.device_put(segments, by_row))
@@ -82,7 +82,7 @@ def check_kernel(mesh):
 
 def main():
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    mesh = sharding.make_mesh(data=2, model=2)
+    mesh = sharding.make_mesh(data=2, tensor=2)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 32, (4, 7)), jnp.int32)
     switches = {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "qk_norm": True, "tie_embeddings": True}
@@ -90,10 +90,10 @@ def main():
     model = transformer(TransformerConfig(**SIZES, **HEADS, **switches, pattern=kinds))
     init = sharding.born_sharded(model.init, mesh, RULES)
     params = init(jax.random.key(0))
-    assert params["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "model", None)
-    assert params["embed"]["embedding"].sharding.spec == P("model", None)
-    assert params["layers"]["attn"]["k"]["bias"].sharding.spec == P(None, "model")
-    assert params["layers"]["mlp"]["up"]["bias"].sharding.spec == P(None, "model")
+    assert params["layers"]["attn"]["o"]["kernel"].sharding.spec == P(None, "tensor", None)
+    assert params["embed"]["embedding"].sharding.spec == P("tensor", None)
+    assert params["layers"]["attn"]["k"]["bias"].sharding.spec == P(None, "tensor")
+    assert params["layers"]["mlp"]["up"]["bias"].sharding.spec == P(None, "tensor")
     assert params["layers"]["mlp"]["down"]["bias"].sharding.spec == P()
     alone = jax.device_put(jax.device_get(params), jax.devices()[0])
     batch = sharding.shard_batch({"tokens": tokens, "segments": jnp.ones_like(tokens)}, mesh)

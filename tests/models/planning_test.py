@@ -55,7 +55,7 @@ def test_within_a_tenth_of_what_xla_says(change, make_loss, batch, options):
 
 
 def test_shards_by_arithmetic():
-    mesh = AbstractMesh((2, 4), ("data", "model"))
+    mesh = AbstractMesh((2, 4), ("data", "tensor"))
     config = TransformerConfig(**SHAPE | {"num_kv_heads": 4})
     options = dict(mesh=mesh, reference=True, critic=config, cache=(6, 100))
     found = planning.plan(config, sft.make_loss, optax.adam(1e-3), rows(8, 32), **options)
@@ -71,7 +71,7 @@ def test_shards_by_arithmetic():
     assert found.cache == layers * 3 * 100 * 2 * 1 * 16 * 4  # of its rows and heads: keys and values, float32
     moments = found.gradients + found.activations, found.gradients + found.step, found.cache
     assert found.total == sum(found[:5]) + max(moments)
-    # rows over "data" and shares over "model" divide what is live; what is not split stays
+    # rows over "data" and shares over "tensor" divide what is live; what is not split stays
     alone = planning.plan(config, sft.make_loss, optax.adam(1e-3), rows(8, 32))
     assert alone.activations / 8 < found.activations < alone.activations / 2
     on_host = planning.plan(

@@ -130,10 +130,10 @@ def test_decoding_leaves_them_as_they_are():
 
 
 def test_rules_split_integers_and_scales():
-    mesh = AbstractMesh((1, 2), ("data", "model"))
+    mesh = AbstractMesh((1, 2), ("data", "tensor"))
     where = sharding.shardings(bases("nf4")[0], mesh, models.RULES)["layers"]["mlp"]
     found = {name: (where[name]["kernel"].qvalue.spec, where[name]["kernel"].scale.spec) for name in ("up", "down")}
-    column, row = jax.P(None, None, "model"), jax.P(None, "model", None)
+    column, row = jax.P(None, None, "tensor"), jax.P(None, "tensor", None)
     assert found == {"up": (column, column), "down": (row, jax.P())}
 
 

@@ -59,7 +59,7 @@ def moved(text):
 
 def main():
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    mesh = sharding.make_mesh(data=4, model=2)
+    mesh = sharding.make_mesh(data=4, tensor=2)
     model, rng = models.transformer(CONFIG), np.random.default_rng(0)
     params = model.init(jax.random.key(0))
     prompts = jnp.asarray(rng.integers(0, 512, (ROWS, 6)), jnp.int32)

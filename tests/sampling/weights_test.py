@@ -92,8 +92,8 @@ _ON_A_MESH = """
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from alignax import sampling, sharding
-mesh = sharding.make_mesh(data=2, model=2)
-specs = {"column": P(None, "model"), "row": P("model", None), "all": P()}
+mesh = sharding.make_mesh(data=2, tensor=2)
+specs = {"column": P(None, "tensor"), "row": P("tensor", None), "all": P()}
 params = {n: jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, s)) for n, s in specs.items()}
 for cast in (jax.jit(sampling.rollout_params), sampling.rollout_params):
     for name, leaf in cast(params).items():
