@@ -3,12 +3,7 @@
 Nothing here knows an algorithm. The loop itself, with its data, sampling and updates, stays in the script.
 """
 
-import dataclasses
-import json
-import math
 import pathlib
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -18,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from alignax import data, leafwise, precision, sampling, sharding, train
 from alignax.data import text, truncation
@@ -191,96 +184,6 @@ def make_show(loaded: hf.Loaded, prompts: Sequence[np.ndarray], *, new_tokens: i
 def to_host(tree: Any) -> Any:
     """The same tree with numpy arrays for device arrays: one transfer, which waits for the device."""
     return jax.device_get(tree)
-
-
-class Run:
-    """The output folder of a run: config.json, metrics.jsonl, TensorBoard scalars, curves.png, and the progress bar.
-
-    ```
-    run = Run(config.output, config, total=config.steps, show=("loss",))     # refuses a folder that holds something
-    with run:                                                              # the first thing written
-        for step in range(config.steps):
-            state, metrics = update(state, batch)
-            run.log(step, metrics)                                         # waits for the device, once
-    ```
-    Create it before anything costly, enter it before the loop. The picture is drawn when the block ends, whether the
-    run finished, failed or was interrupted. On several processes only the first one writes.
-
-    Args:
-      folder: where to write; it must not exist, or be empty.
-      config: a dataclass, recorded in config.json.
-      total: the number of steps the progress bar expects.
-      show: names of the metrics beside the progress bar.
-      curves: names of the metrics in curves.png; empty for all that were logged, the first twelve.
-      skips: how many updates in a row, left out since they were not finite, end the run (`log` raises).
-
-    Raises:
-      ValueError: when the folder holds something or is no folder.
-    """
-
-    def __init__(
-        self,
-        folder: str | pathlib.Path,
-        config: Any,
-        *,
-        total: int,
-        show: Sequence[str] = (),
-        curves: Sequence[str] = (),
-        skips: int = 10,
-    ):
-        self.folder = pathlib.Path(folder)
-        self.history: dict[str, list[tuple[int, float]]] = {}
-        self._config, self._total, self._show, self._curves = config, total, show, curves
-        self._skips = skips
-        self._writes = jax.process_index() == 0
-        if self._writes and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"output folder {self.folder} exists and is not empty; name a new one, or remove it")
-
-    def __enter__(self) -> "Run":
-        if self._writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            record = {"command": sys.argv, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-            record["config"] = dataclasses.asdict(self._config)
-            (self.folder / "config.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-            self._lines = (self.folder / "metrics.jsonl").open("w")
-            self._board = SummaryWriter(str(self.folder))
-        self._bar = tqdm(total=self._total, disable=not self._writes, dynamic_ncols=True)
-        return self
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Records one step's scalars and returns them as floats. One line, on disk at once; non-finite becomes null.
-
-        Warns:
-          RuntimeWarning: when a metric is NaN or infinite, naming the step and the metric.
-
-        Raises:
-          FloatingPointError: when `skips` updates in a row were left out, not being finite.
-        """
-        values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        for name, value in finite.items():
-            self.history.setdefault(name, []).append((step, value))
-        if self._writes:
-            line = {name: value if name in finite else None for name, value in values.items()}
-            self._lines.write(json.dumps({"step": step} | line) + "\n")
-            self._lines.flush()
-            for name, value in finite.items():
-                self._board.add_scalar(name, value, step)
-        self._bar.set_postfix({n: format_number(values[n]) for n in self._show if n in values}, refresh=False)
-        self._bar.update(step - self._bar.n)
-        if len(finite) < len(values):
-            bad = ", ".join(f"{name} = {value}" for name, value in values.items() if name not in finite)
-            warnings.warn(f"step {step}: not finite: {bad}", RuntimeWarning, stacklevel=2)
-        train.stop_after_skips(step, values, limit=self._skips)
-        return values
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._writes:
-            self._lines.close()
-            self._board.close()
-            names = [name for name in self._curves or sorted(self.history) if name in self.history]
-            save_curves(self.folder / "curves.png", {name: self.history[name] for name in names[:12]})
 
 
 def save_curves(path: str | pathlib.Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:

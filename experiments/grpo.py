@@ -274,7 +274,7 @@ def compare(config: Config, reward: np.ndarray, rows: Any, real: np.ndarray) -> 
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     summands = [rollouts.rule(config.reward, 1.0)]
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     check_counts(config, mesh)
     hyper = hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

@@ -191,7 +191,7 @@ def make_steps(
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     check(config, mesh)
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     rows, held_out = load_rows(config, loaded.tokenizer)

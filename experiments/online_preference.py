@@ -316,7 +316,7 @@ def make_evaluate(
 @launch.on_mesh
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     check(config, mesh)
     players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)

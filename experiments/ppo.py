@@ -339,7 +339,7 @@ def learn_from(
 @launch.on_mesh
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     check(config, mesh)
     options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
     loaded, reward, summands = common.load_policy(config.model, **options), None, []

@@ -285,7 +285,7 @@ def make_optimizer(config: Config, pairs: list) -> optax.GradientTransformation:
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     objective, hyper = check_loss(config, mesh)
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     computes = objective.reference and not (config.precompute_reference or config.cache_reference)

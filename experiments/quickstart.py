@@ -37,6 +37,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import running
 import tyro
 
 from alignax import advantages, models, rewards, sampling, train
@@ -198,7 +199,7 @@ def make_evaluate(model: Model, rollout: Rollout, held_out: Sequence[np.ndarray]
     return evaluate
 
 
-def imitate(config: Config, model: Model, run: common.Run) -> Iterator[Params]:
+def imitate(config: Config, model: Model, run: running.Run) -> Iterator[Params]:
     """Pre-training on whole lines, then SFT on the answers of demonstrations; yields the parameters after each."""
     rng, key = randomness(config.seed, 1)
     steps = config.pretrain_steps + config.sft_steps
@@ -236,7 +237,7 @@ def sample_pairs(config: Config, start: Params, rollout: Rollout) -> preference.
     return pairs
 
 
-def align_dpo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: common.Run):
+def align_dpo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: running.Run):
     """DPO on pairs that the start sampled and the verifier labelled; the parameters."""
     pairs, (rng, _) = sample_pairs(config, start, rollout), randomness(config.seed, 3)
     steps, before = config.dpo_steps, steps_before(config, "dpo")
@@ -255,7 +256,7 @@ def align_dpo(config: Config, model: Model, start: Params, rollout: Rollout, eva
     return state.params
 
 
-def learn_reward(config: Config, model: Model, start: Params, pairs: preference.Batch, run: common.Run) -> Params:
+def learn_reward(config: Config, model: Model, start: Params, pairs: preference.Batch, run: running.Run) -> Params:
     """A reward model from pairs, the start with a new head; of the pairs an eighth only measures its accuracy."""
     rng, key = randomness(config.seed, 5)
     steps, before = config.reward_steps, steps_before(config, "reward")
@@ -274,7 +275,7 @@ def learn_reward(config: Config, model: Model, start: Params, pairs: preference.
     return state.params
 
 
-def align_ppo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: common.Run):
+def align_ppo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: running.Run):
     """PPO with a reward learned from DPO's pairs, as which its critic begins; the parameters."""
     rng, key = randomness(config.seed, 6)
     reward = learn_reward(config, model, start, sample_pairs(config, start, rollout), run)
@@ -309,7 +310,7 @@ def align_ppo(config: Config, model: Model, start: Params, rollout: Rollout, eva
     return state.params
 
 
-def align_grpo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: common.Run):
+def align_grpo(config: Config, model: Model, start: Params, rollout: Rollout, evaluate: Evaluate, run: running.Run):
     """GRPO with the verifier as reward; the parameters."""
     rng, key = randomness(config.seed, 4)
     steps, before = config.grpo_steps, steps_before(config, "grpo")
@@ -336,7 +337,7 @@ def main(config: Config) -> list[dict[str, str | float]]:
     curves = ("dpo/loss", "dpo/accuracy", "dpo/kl", "ppo/reward", "ppo/accuracy", "ppo/kl")
     curves += ("grpo/reward", "grpo/accuracy", "grpo/kl")
     show = ("pretrain/loss", "sft/loss", "reward/loss", *curves)
-    run = common.Run(config.output, config, total=total, show=show, curves=curves)
+    run = running.Run(config, total=total, show=show, curves=curves)
     model = models.transformer(LLAMA)
     rollout = make_rollout(model, config.digits)
     rng, key = randomness(config.seed, 0)

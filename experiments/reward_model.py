@@ -157,7 +157,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 @launch.on_mesh
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     check(config, mesh)
     loaded = load_scored(config, mesh)
     checks.check_context(loaded, "limit", config.limit)

@@ -132,7 +132,7 @@ def prompt_of(row: data.TokenRow) -> np.ndarray:
 @launch.on_mesh
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
-    run = common.Run(config.output, config, total=config.steps, show=SHOW, curves=CURVES)
+    run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
     packed.check(config)

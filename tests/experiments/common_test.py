@@ -1,7 +1,6 @@
 """The scripts' optimizer against AdamW written in numpy; what a run leaves on disk; plain printing."""
 
 import dataclasses
-import json
 import math
 
 import common
@@ -118,81 +117,6 @@ def test_norm_limit_zero_clips_nothing():
     params = {"kernel": jnp.zeros((1, 1))}
     updates, _ = optimizer.update({"kernel": jnp.full((1, 1), 99.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], [[-0.99]], rtol=1e-6)  # without memory: -g / (|g| + eps)
-
-
-def test_run_writes_everything(tmp_path, capfd):
-    folder = tmp_path / "runs" / "one"
-    with common.Run(folder, Config(), total=3, show=("loss",)) as run:
-        for step in range(1, 4):
-            returned = run.log(step, {"loss": jnp.float32(1.0 / step), "reward/mean": 2 * step})
-            lines = (folder / "metrics.jsonl").read_text().splitlines()
-            assert len(lines) == step  # already on disk
-    assert returned == {"loss": pytest.approx(1 / 3), "reward/mean": 6.0}
-    assert [json.loads(line) for line in lines] == [
-        {"step": 1, "loss": 1.0, "reward/mean": 2.0},
-        {"step": 2, "loss": 0.5, "reward/mean": 4.0},
-        {"step": 3, "loss": pytest.approx(1 / 3), "reward/mean": 6.0},
-    ]
-    assert json.loads((folder / "config.json").read_text())["config"] == {"output": "unused", "steps": 3}
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    (events,) = folder.glob("events.out.tfevents.*")
-    assert b"reward/mean" in events.read_bytes()
-    assert "3/3" in capfd.readouterr().err
-    assert run.history["reward/mean"] == [(1, 2.0), (2, 4.0), (3, 6.0)]
-
-
-def test_run_ends_after_steps_left_out_in_a_row(tmp_path):
-    with (
-        pytest.raises(FloatingPointError, match=r"step 8: skipped/in_a_row is 10, the limit is 10.*The last: loss 2\."),
-        common.Run(tmp_path / "out", Config(), total=10) as run,
-    ):
-        run.log(7, {"loss": 2.0, "skipped/in_a_row": jnp.float32(9)})
-        run.log(8, {"loss": 2.0, "skipped/in_a_row": jnp.float32(10)})
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2  # the last is on disk too
-
-
-def test_run_reports_non_finite_metrics(tmp_path):
-    with (
-        common.Run(tmp_path / "out", Config(), total=1) as run,
-        pytest.warns(RuntimeWarning, match="step 7: .*kl = nan"),
-    ):
-        run.log(7, {"kl": jnp.nan, "ratio": jnp.inf, "loss": 1.0})
-    (line,) = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert "NaN" not in line and "Infinity" not in line
-    assert json.loads(line) == {"step": 7, "kl": None, "ratio": None, "loss": 1.0}
-
-
-def test_run_transfers_once_per_step(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(common, "to_host", lambda tree: calls.append(tree) or jax.device_get(tree))
-    with common.Run(tmp_path / "out", Config(), total=2) as run:
-        for step in range(2):
-            run.log(step, {name: jnp.float32(step) for name in "abcdef"})
-    assert len(calls) == 2
-
-
-def test_run_refuses_a_folder_that_holds_something(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"exists and is not empty"):
-        common.Run(tmp_path, Config(), total=1)
-    with pytest.raises(ValueError, match=r"notes\.txt exists"):
-        common.Run(tmp_path / "notes.txt", Config(), total=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_run_touches_nothing_before_it_is_entered(tmp_path):
-    common.Run(tmp_path / "out", Config(), total=1)
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    common.Run(tmp_path / "out", Config(), total=1)  # an empty folder will do
-    assert not any((tmp_path / "out").iterdir())
-
-
-def test_an_interrupted_run_keeps_its_curves(tmp_path):
-    with pytest.raises(KeyboardInterrupt), common.Run(tmp_path / "out", Config(), total=9, curves=("a",)) as run:
-        run.log(0, {"a": 1.0, "b": 2.0})
-        raise KeyboardInterrupt
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
 
 
 def test_print_samples(capsys):

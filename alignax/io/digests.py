@@ -1,0 +1,74 @@
+"""A number that says what the bits of an array are: the same on any mesh, other for any one element that changed."""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SMALL = 2**16  # elements up to which nothing is compiled
+
+
+def digests(leaves: Mapping[str, Any]) -> dict[str, int]:
+    """A number below 2^32 for each array, by name; two arrays that differ in one element never share it.
+
+    It is sum_i mix(bits_i + i * odd) mod 2^32 over the elements, two for those wider than 32 bits, and `mix`, the last
+    step of MurmurHash3, is a bijection. Sums of integers know no order: arrays of devices are summed where they are,
+    shard by shard, and no copy is made, but for one leaf at a time of those in the host's memory.
+    """
+    found = {name: _of(leaf) for name, leaf in leaves.items()}
+    return {name: int(value) for name, value in jax.device_get(found).items()}
+
+
+def of_tree(tree: Any) -> int:
+    """The same for a whole pytree with its structure's names; its leaves are arrays, numbers or texts."""
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    arrays = {name: leaf for name, leaf in named.items() if isinstance(leaf, (jax.Array, np.ndarray))}
+    others = {name: repr(leaf) for name, leaf in named.items() if name not in arrays}
+    return zlib.crc32(json.dumps([digests(arrays), others], sort_keys=True).encode())
+
+
+def _of(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array) or (leaf.size <= _SMALL and leaf.is_fully_addressable):
+        return _sum(np.asarray(leaf), np)
+    if leaf.sharding.memory_kind == "pinned_host":
+        leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
+    return _on_devices(leaf)
+
+
+@jax.jit
+def _on_devices(x: jax.Array) -> jax.Array:
+    return _sum(x, jnp)
+
+
+def _sum(x: Any, xp: Any) -> Any:
+    words = _words(x, xp)
+    index = xp.zeros((), np.uint32)
+    for axis, size in enumerate(words.shape):  # row-major; an arange of the whole would not be sharded
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        along = xp.arange(size, dtype=np.uint32) * np.uint32(stride)
+        index = index + along.reshape([-1 if axis == other else 1 for other in range(words.ndim)])
+    mixed = words + index * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ (mixed >> np.uint32(shift))) * np.uint32(factor)
+    return xp.sum(mixed, dtype=np.uint32)
+
+
+def _words(x: Any, xp: Any) -> Any:
+    """The bits of each element as uint32 [..., k]."""
+    if x.dtype.kind == "c":
+        x = xp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == np.bool_ or jnp.dtype(x.dtype).name in ("int4", "uint4", "int2", "uint2"):
+        return x.astype(np.uint8).astype(np.uint32)[..., None]
+    unsigned = {1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, np.uint32)
+    if xp is jnp:
+        bits = jax.lax.bitcast_convert_type(x, unsigned)
+    else:
+        bits = np.ascontiguousarray(x)[..., None].view(unsigned)
+    return bits.astype(np.uint32).reshape(*x.shape, -1)
