@@ -35,7 +35,7 @@ import rollouts
 import running
 import tyro
 
-from alignax import losses, models, reduce, rewards, sampling, sharding, train
+from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
 from alignax.algorithms import nash_md, preference
 from alignax.data import text
 from alignax.io import hf
@@ -289,6 +289,13 @@ def make_batch(
     ), metrics
 
 
+def describe(samples: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
+    """What samples were like, over the prompts that count."""
+    shares = [1 - len(set(found)) / len(found) for found in verdict.completions]
+    means = {"length": samples.lengths[counted].mean(), "truncated": samples.truncated[counted].mean()}
+    return means | {"duplicates": np.array(shares)[counted].mean()}
+
+
 def make_evaluate(
     config: Config, loaded: hf.Loaded, judge: Callable[..., Verdict], asked: dict
 ) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
@@ -317,6 +324,8 @@ def make_evaluate(
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     check(config, mesh)
     players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
@@ -326,6 +335,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
     reference, average, weight = loaded.params, loaded.params, jnp.asarray(config.mixture)
+    position = data.batching.Position(0, 0)
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     draw, record = make_draw(config, loaded, players), make_record(config, loaded, players)
@@ -333,13 +343,22 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     questions = prompts.questions()
     evaluate = make_evaluate(config, loaded, judge, questions)
 
-    result, completions = evaluate(state.params)
-    common.print_samples("before", questions["prompts"][:4], completions[:4])
+    def everything() -> dict[str, Any]:  # what does not move is the model as it was loaded
+        moved = {"reference": reference} if config.reference_every else {}
+        moved |= {"average": average} if config.method == "nash_ema" else {}
+        return {"state": state, "position": position, **moved}
+
     with run:
-        run.log(0, result)
-        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
-        for step in range(1, config.steps + 1):
-            asked, _ = next(stream)
+        found = run.resume(everything(), unsaved={"model": loaded.params, "prompts": prompts[:2]})
+        state, position = found["state"], found["position"]
+        reference, average = found.get("reference", reference), found.get("average", average)
+        result, completions = evaluate(state.params)
+        if run.step == 0:
+            common.print_samples("before", questions["prompts"][:4], completions[:4])
+            run.log(0, result)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed, start=position)
+        for step in range(run.step + 1, config.steps + 1):
+            asked, position = next(stream)
             policies = {"policy": state.params, "reference": reference, "average": average}
             policies["mixture"] = {"policy": state.params, "reference": reference, "weight": weight}
             rows = place((asked["tokens"], asked["lengths"]))
@@ -353,19 +372,17 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 average = follow(average, state.params, rate=config.ema_rate)
             if config.reference_every and step % config.reference_every == 0:
                 reference = follow(reference, state.params, rate=config.reference_rate)
-            metrics |= measured | {"length": samples.lengths[counted].mean()}
-            metrics["truncated"] = samples.truncated[counted].mean()
-            shares = [1 - len(set(found)) / len(found) for found in verdict.completions]
-            metrics["duplicates"] = np.array(shares)[counted].mean()
+            metrics |= measured | describe(samples, verdict, counted)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
             run.log(step, metrics)
+            run.save(step, everything())
     common.print_samples("after", questions["prompts"][:4], completions[:4])
     hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
     before, after = run.history["held_out/win_rate"][0][1], result["held_out/win_rate"]
     print(f"win rate against the start {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
-    return result
+    return run.finish(result)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ of the entropy bonus (`--entropy-target`).
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
-from functools import partial
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import actor_critic
 import checks
 import common
+import experience
 import jax
 import jax.numpy as jnp
 import launch
@@ -30,15 +29,13 @@ import rollouts
 import running
 import tyro
 from actor_critic import Learner, States
-from jax.sharding import NamedSharding, PartitionSpec
+from experience import Kept
 from rollouts import POLICY_LOSSES, PolicyLoss
 
-from alignax import controllers, losses, moments, reduce, rewards, sampling, sharding, train
+from alignax import data, sharding
 from alignax.algorithms import ppo
 from alignax.io import hf
-from alignax.types import Params
 
-KLS = {"k1": losses.k1, "k2": losses.k2, "k3": losses.k3}
 MOVED = {
     "penalty_weight": "kl_weight",
     "entropy_weight": "entropy_weight",
@@ -210,108 +207,6 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     checks.check(config, mesh, rows=config.prompts * config.group, parts=config.minibatches * config.microbatches)
 
 
-def make_scale(config: Config) -> Callable[..., tuple[jax.Array, moments.Moments]]:
-    """Makes `scale(seen, scores, finished, weights) -> (scores, seen)`: what is done to scores before shaping."""
-
-    def scale(seen, scores, finished, weights):
-        scores = rewards.subtract_missing_eos(scores, finished, penalty=config.missing_eos_penalty)
-        first = seen.count == 0
-        met = moments.update_moments(seen, scores, weights)
-        if config.reward_scaling == "start":
-            met = jax.tree.map(lambda new, old: jnp.where(first, new, old), met, seen)
-            scores = (scores - met.mean) / jnp.maximum(met.std(), 1e-4)
-        if config.reward_scaling == "running":
-            scores = scores / jnp.maximum(met.std(), 1e-4)
-        if config.reward_clip:
-            scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
-        return scores, met
-
-    return jax.jit(scale)
-
-
-class Kept(NamedTuple):
-    """What PPO keeps between rollouts beside its networks."""
-
-    reference: Params
-    kl_coef: jax.Array
-    penalty: jax.Array  # the weight of the policy loss's KL
-    bonus: jax.Array  # the weight of the entropy, wherever it counts
-    scores: moments.Moments
-    values: moments.ValueNorm
-
-
-def start(config: Config, reference: Params, mesh: jax.sharding.Mesh) -> Kept:
-    """What is kept before the first rollout; its numbers lie where later ones will, so that these recompile nothing."""
-    weights = (config.kl_coef, config.penalty_weight or 0.0, config.entropy_weight)
-    numbers = (*map(jnp.float32, weights), moments.Moments.init(), moments.ValueNorm.init())
-    return Kept(reference, *jax.device_put(numbers, NamedSharding(mesh, PartitionSpec())))
-
-
-def make_collect(config: Config, sampler: rollouts.Sampler, learner: Learner) -> Callable[..., tuple]:
-    """Makes `collect(states, kept, rows, scores, weights) -> (batch, metrics, kept)`: a judged rollout as a batch."""
-    scale, options = make_scale(config), {"kl": KLS[config.kl], "gamma": config.gamma, "lambda_": config.lambda_}
-    options["normalise"] = reduce.whiten if config.whiten_advantages else None
-    experience = jax.jit(partial(ppo.experience, **options))
-
-    def collect(states, kept: Kept, rows: sampling.Samples, scores, weights):
-        scores, seen = scale(kept.scores, scores, ~rows.truncated, weights)
-        # by the trainer's arithmetic, not the sampler's: the ratio of the first update is 1
-        logp, ref_logp = sampler.logp(learner.policy(states), rows), sampler.logp(kept.reference, rows)
-        critic = learner.critic(states)
-        raw = values = learner.values(critic, rows)
-        after = jnp.where(rows.truncated, learner.last_values(critic, rows), 0.0) if config.bootstrap else None
-        norm = kept.values
-        if config.value_normalisation:
-            values = moments.denormalise(norm, raw)
-            after = None if after is None else jnp.where(rows.truncated, moments.denormalise(norm, after), 0.0)
-        batch, metrics = experience(
-            rows,
-            scores,
-            logp=logp,
-            ref_logp=ref_logp,
-            values=values,
-            bootstrap=after,
-            kl_coef=kept.kl_coef,
-            weights=weights,
-        )
-        if config.value_normalisation:
-            norm = moments.value_norm_update(norm, batch.returns, batch.mask)
-            batch = batch._replace(old_values=raw, returns=moments.normalise(norm, batch.returns))
-        metrics["kl_coef"] = kept.kl_coef
-        if config.penalty_target:
-            metrics["penalty_weight"] = kept.penalty
-        if config.entropy_target:  # the bonus counts only where there is too little entropy
-            metrics["entropy/before"] = entropy = reduce.token_mean(-batch.old_logp, batch.mask).value()
-            metrics["entropy_weight"] = kept.bonus * (entropy <= config.entropy_target)
-        return batch, metrics, kept._replace(scores=seen, values=norm)
-
-    return collect
-
-
-def make_adapt(config: Config, sampler: rollouts.Sampler) -> Callable[..., tuple[Kept, dict[str, jax.Array]]]:
-    """Makes `adapt(kept, policy, rows, batch, said) -> (kept, metrics)`: what follows a policy that has learned."""
-    follow = jax.jit(train.ema)
-
-    def adapt(kept: Kept, policy: Params, rows: sampling.Samples, batch: ppo.Batch, said: dict[str, jax.Array]):
-        metrics = {}
-        if config.kl_target:
-            options = {"horizon": config.kl_horizon, "count": jnp.sum(jnp.any(batch.mask, axis=1))}
-            kl_coef = controllers.adaptive_kl(kept.kl_coef, said["objective/kl"], target=config.kl_target, **options)
-            kept = kept._replace(kl_coef=kl_coef)
-        if config.penalty_target:
-            moved = losses.k3(batch.old_logp, sampler.logp(policy, rows), batch.mask)  # of samples of the old policy
-            kl = metrics["approx_kl/after"] = reduce.token_mean(moved, batch.mask).value()
-            kept = kept._replace(penalty=controllers.ppo_paper_kl(kept.penalty, kl, target=config.penalty_target))
-        if config.entropy_target:
-            options = {"target": config.entropy_target, "step": config.entropy_step}
-            kept = kept._replace(bonus=controllers.adaptive_entropy(kept.bonus, said["entropy/before"], **options))
-        if config.ema_rate:
-            kept = kept._replace(reference=follow(kept.reference, policy, rate=config.ema_rate))
-        return kept, metrics
-
-    return adapt
-
-
 def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, kept: Kept) -> None:
     """model/, and critic/ where it is a network of its own; value_norm.json says in which units the critic speaks."""
     hf.save(config.output / "model", loaded.model, learner.policy(states), loaded.tokenizer)
@@ -336,38 +231,53 @@ def learn_from(
     return states, rollouts.mean_of(parts)
 
 
+def load(config: Config, mesh: jax.sharding.Mesh) -> tuple[hf.Loaded, hf.Loaded | None, list[rollouts.Part]]:
+    """The policy, the reward model if there is one, and the summands of the reward."""
+    options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
+    loaded, reward, summands = common.load_policy(config.model, **options), None, []
+    if config.reward_model:
+        size, weight = rollouts.rows_at_once(config), config.reward_model_weight
+        reward, part = rollouts.learned(config.reward_model, weight, loaded.tokenizer, size=size, **options)
+        summands = [part]
+    if config.reward:
+        summands.append(rollouts.rule(config.reward, config.reward_weight))
+    return loaded, reward, summands
+
+
 @launch.on_mesh
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     check(config, mesh)
-    options = {"mesh": mesh, "compute_dtype": jnp.bfloat16 if config.bfloat16 else None}
-    loaded, reward, summands = common.load_policy(config.model, **options), None, []
-    if config.reward_model:
-        size = rollouts.rows_at_once(config)
-        found = rollouts.learned(
-            config.reward_model, config.reward_model_weight, loaded.tokenizer, size=size, **options
-        )
-        reward, summands = found[0], [found[1]]
-    if config.reward:
-        summands.append(rollouts.rule(config.reward, config.reward_weight))
+    loaded, reward, summands = load(config, mesh)
     prompts = rollouts.load_prompts(config, loaded, *([reward] if reward else []))
     sampler, learner = rollouts.make_sampler(config, loaded), actor_critic.make_learner(config, loaded, reward, mesh)
-    collect, adapt = make_collect(config, sampler, learner), make_adapt(config, sampler)
-    kept = start(config, loaded.params, mesh)
-    states, key = learner.states, jax.random.key(config.seed)
+    collect, adapt = experience.make_collect(config, sampler, learner), experience.make_adapt(config, sampler)
+    kept = experience.start(config, loaded.params, mesh)
+    states, key, position = learner.states, jax.random.key(config.seed), data.batching.Position(0, 0)
     questions = prompts.questions()
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
     record = rollouts.make_record(config, loaded, sampler)
 
-    result, completions = evaluate(learner.policy(states))
-    common.print_samples("before", questions["prompts"][:4], completions[:4])
+    def everything() -> dict[str, Any]:
+        moved = kept if config.ema_rate else kept._replace(reference=None)  # else it is the model as it was loaded
+        return {"states": states, "kept": moved, "position": position}
+
     with run:
-        run.log(0, result)
-        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
-        for step in range(1, config.steps + 1):
+        loaded_too = {"model": loaded.params, "reward_model": reward and reward.params, "prompts": prompts[:2]}
+        found = run.resume(everything(), unsaved=loaded_too)
+        states, position = found["states"], found["position"]
+        kept = found["kept"] if config.ema_rate else found["kept"]._replace(reference=kept.reference)
+        result, completions = evaluate(learner.policy(states))
+        if run.step == 0:
+            common.print_samples("before", questions["prompts"][:4], completions[:4])
+            run.log(0, result)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed, start=position)
+        for step in range(run.step + 1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(key, step))
-            asked, _ = next(stream)
+            asked, position = next(stream)
             placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), mesh)
             rows = sampler.sample(learner.policy(states), *placed, sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
@@ -384,11 +294,12 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 result, completions = evaluate(learner.policy(states))
                 metrics |= result
             run.log(step, metrics)
+            run.save(step, everything())
     common.print_samples("after", questions["prompts"][:4], completions[:4])
     save(config, loaded, learner, states, kept)
     before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
     print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
-    return result
+    return run.finish(result)
 
 
 if __name__ == "__main__":

@@ -341,8 +341,10 @@ def save(
     group = len(rewards) // len(asked["lengths"])
     prompts = [row[:length] for row, length in zip(asked["tokens"], asked["lengths"])]
     texts = loaded.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)  # as the model saw them
+    file = config.output / "rollouts" / f"step-{step:06d}.parquet"
+    file.unlink(missing_ok=True)  # of a run that was killed before it saved this step
     data.rollouts.write(
-        config.output / "rollouts" / f"step-{step:06d}.parquet",
+        file,
         samples,
         rewards=rewards,
         parts=parts,

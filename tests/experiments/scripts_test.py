@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import actor_critic
+import experience
 import grpo
 import jax.numpy as jnp
 import numpy as np
@@ -340,7 +341,7 @@ def test_ppo_critic_from_the_policy(tiny_folder):
 def test_ppo_scales_scores(scaling):
     """Two rollouts; the last row of the second is a filler. The penalty comes first, the clip last."""
     config = ppo.Config(model="", data="", output="", reward_scaling=scaling, reward_clip=1.2, missing_eos_penalty=0.5)
-    scale, seen = ppo.make_scale(config), moments.Moments.init()
+    scale, seen = experience.make_scale(config), moments.Moments.init()
     scores = np.float32([[1.0, 2.0, 4.0, 0.0], [3.0, -1.0, 1.0, 100.0]])
     finished = np.array([[True, True, False, True], [True, True, True, True]])
     weights = np.float32([[1, 1, 1, 1], [1, 1, 1, 0]])
