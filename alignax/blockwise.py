@@ -23,10 +23,10 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int, Shaped
 
+from alignax.sharding import divisors, row_axes
 from alignax.types import Array
 
 Found = dict[str, Array]
-ROW_AXES = ("data", "fsdp")  # of a mesh, over which rows lie
 
 
 class Side(NamedTuple):
@@ -78,7 +78,9 @@ def measured(
         return (_listed if listed else _run)(program, constants, pools, tokens)
 
     if axes:
-        run = jax.shard_map(run, in_specs=P(axes), out_specs=P(axes), axis_names=set(axes), check_vma=False)
+        of_tokens = P(axes, *_sequence(tokens.chosen.shape[1]))
+        specs, names = (P(axes), of_tokens), {*axes, *of_tokens[1:]}
+        run = jax.shard_map(run, in_specs=specs, out_specs=of_tokens, axis_names=names, check_vma=False)
     return {name: x.reshape(*shape, *x.shape[2:]) for name, x in run(pools, tokens).items()}
 
 
@@ -96,9 +98,16 @@ def _placement(rows: int) -> tuple[tuple[str, ...], bool]:
         return (), jax.device_count() == 1
     if not set(mesh.axis_names) - set(mesh.manual_axes):
         return (), True  # inside of pmap or shard_map: what is here is the device's own
-    axes = tuple(axis for axis in ROW_AXES if axis in mesh.axis_names and axis not in mesh.manual_axes)
+    axes = tuple(axis for axis in row_axes(mesh) if axis not in mesh.manual_axes)
     shared = axes if rows % math.prod(mesh.shape[axis] for axis in axes) == 0 else ()
     return shared, bool(shared) or not axes
+
+
+def _sequence(length: int) -> tuple[str, ...]:
+    """The axis over which the tokens of a row lie: each of its devices has all states, and measures its own tokens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+    return divisors(free, length, "sequence")
 
 
 def _width(shape: tuple[int, ...], chunk: int | None, listed: bool) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Where arrays live: a mesh, ordered rules for parameters, rows over the data axis.
 
-A rule is `(regex, PartitionSpec)`; the first whose regex is found in a leaf's path ("layers/attn/q/kernel") decides.
-Optimizer state follows the same rules, because its paths end in the paths of the parameters. Axes that a rule names
-and a mesh lacks are left out, so one set of rules serves a laptop and a pod.
+A rule is `(regex, PartitionSpec, ...)`; the first whose regex is found in a leaf's path ("layers/attn/q/kernel")
+decides, and of its specs the first by which the leaf divides. Optimizer state follows the same rules, because its paths
+end in the paths of the parameters; numbers need none. Axes that a rule names and a mesh lacks are left out, so one set
+of rules serves a laptop and a pod. What lies between the parameters, activations, `constrain` puts where it belongs.
 
 What is used once an update, optimizer state and a reference's parameters, may live in the host's memory instead:
 `shardings(..., host=regex)` says which leaves. `alignax.leafwise` updates such a state, and `alignax.train.make_update`
@@ -11,19 +12,20 @@ fetches frozen parameters. See https://docs.jax.dev/en/latest/notebooks/host-off
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-Rules = Sequence[tuple[str, PartitionSpec]]
+Rules = Sequence[tuple[Any, ...]]  # (regex, PartitionSpec, and others for leaves that do not divide by it)
 
-# The axes of a mesh by name, in the order in which a mesh of several has them: rows lie over the first two, so do
-# parameters over "fsdp" and the tokens of a row over "sequence".
-AXES = ("data", "fsdp", "sequence", "expert", "tensor")
-ROW_AXES = ("data", "fsdp")
+# The axes of a mesh by name, those that talk most last, where devices are nearest. Rows lie over the first three;
+# parameters over "fsdp", experts over "expert", the tokens of a row over "sequence", heads and the like over "tensor".
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+ROW_AXES = ("data", "fsdp", "expert")
+HEAD_AXES = ("tensor", "sequence")  # of attention, which wants whole rows
 
 
 def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
@@ -50,22 +52,23 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules, *, host: str |
     Args:
       tree: of arrays or shapes.
       mesh: what the rules' axes are axes of.
-      rules: `(regex, PartitionSpec)`, in order.
+      rules: `(regex, PartitionSpec, ...)`, in order; see above.
       host: a regex; leaves with axes whose path it is found in are kept in the host's memory (pinned, in the same
         shards), as `host=r"^opt_state/"` of a train state or `host=""` of a reference. `jax.pmap` takes no such arrays.
 
     Raises:
-      ValueError: when no rule matches a leaf, or an axis of it does not divide among the devices.
+      ValueError: when no rule matches a leaf that is more than a number, or an axis of it does not divide among the
+        devices by any spec of its rule.
     """
 
     def place(path, leaf):
         name = path_name(path)
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                kept = host is not None and leaf.shape and re.search(host, name)
-                where = NamedSharding(mesh, _fit(name, leaf.shape, spec, mesh))
-                return where.with_memory_kind("pinned_host") if kept else where
-        raise ValueError(f"shardings: no rule matches {name!r}; rules: {[pattern for pattern, _ in rules]}")
+        specs = next((specs for pattern, *specs in rules if re.search(pattern, name)), None)
+        if specs is None and leaf.shape:
+            raise ValueError(f"shardings: no rule matches {name!r}; rules: {[pattern for pattern, *_ in rules]}")
+        kept = host is not None and leaf.shape and re.search(host, name)
+        where = NamedSharding(mesh, _fit(name, leaf.shape, specs or [PartitionSpec()], mesh))
+        return where.with_memory_kind("pinned_host") if kept else where
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -82,6 +85,34 @@ def born_sharded(fn: Callable, mesh: Mesh, rules: Rules, *, host: str | None = N
         return jax.jit(fn, out_shardings=where)(*args)
 
     return call
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """Inside `jax.jit`: `x` split over the mesh in effect (`jax.set_mesh`), one entry an axis of `x`; else as it is.
+
+    An entry is a name, a tuple of names, or None for an axis that no device has only a part of. Names that the mesh
+    lacks are left out, and so are the last ones of an entry by which the axis does not divide.
+    """
+    free = free_axes()
+    if not free:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(divisors(free, *pair) for pair in zip(x.shape, axes))))
+
+
+def free_axes() -> dict[str, int]:
+    """The axes of the mesh in effect over which XLA splits, with their sizes, none of them 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+
+
+def divisors(sizes: Mapping[str, int], count: int, entry: Any) -> tuple[str, ...]:
+    """The names of an entry that `sizes` has, without the last ones if `count` does not divide by all."""
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    names = tuple(name for name in names if name in sizes)
+    while names and count % math.prod(sizes[name] for name in names):
+        names = names[:-1]
+    return names
 
 
 def to_device(tree: Any, after: Any = ()) -> Any:
@@ -134,9 +165,23 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"shard_batch: batch{jax.tree_util.keystr(path)} has {leaf.shape[0]} rows, which do not divide among "
                 f"{count} devices of the axes {row_axes(mesh)}"
             )
-        return jax.device_put(leaf, where)
+        return place(leaf, where)
 
     return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def place(tree: Any, where: Any) -> Any:
+    """Arrays that every process has whole, in the shardings `where`: of each only what its own devices take is copied.
+
+    Args:
+      tree: of arrays, the same in all processes; global ones are moved.
+      where: a sharding, or a tree of them.
+    """
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, where)
+    return jax.tree.map(_place, tree, where)
 
 
 def replicate(tree: Any, devices: Sequence[Any] | None = None) -> Any:
@@ -173,22 +218,38 @@ def split_rows(batch: Any, devices: int) -> Any:
     return jax.tree_util.tree_map_with_path(split, batch)
 
 
+def _place(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(_same, out_shardings=where)(x)
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    # `jax.device_put` would first compare what all processes have
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A key path as "a/b/c"."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _fit(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    if len(spec) > len(shape):
+def _fit(name: str, shape: tuple[int, ...], specs: Sequence[PartitionSpec], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The first spec by which the shape divides, without the axes that the mesh lacks."""
+    if any(len(spec) > len(shape) for spec in specs):
         return PartitionSpec()
-    entries = [_present(entry, mesh) for entry in spec]
-    for size, entry in zip(shape, entries):
-        parts = math.prod(mesh.shape[axis] for axis in entry)
-        if size % parts:
-            if "block_scales" in name.split("/"):  # of `precision.compressed`: few numbers
-                return _fit(name, shape, PartitionSpec(*spec[: len(spec) - 1]), mesh)
-            raise ValueError(f"shardings: {name!r} of shape {shape} does not divide by {parts} as {spec} asks")
-    return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
+    for spec in specs:
+        entries = [_present(entry, mesh) for entry in spec]
+        parts = [math.prod(mesh.shape[axis] for axis in entry) for entry in entries]
+        if not any(size % count for size, count in zip(shape, parts)):
+            return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
+    if "block_scales" in name.split("/"):  # of `precision.compressed`: few numbers
+        return _fit(name, shape, [PartitionSpec(*spec[: len(spec) - 1]) for spec in specs], mesh)
+    asked = " or ".join(map(str, specs))
+    raise ValueError(f"shardings: {name!r} of shape {shape} does not divide by {dict(mesh.shape)} as {asked} asks")
 
 
 def _present(entry: Any, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

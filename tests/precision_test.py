@@ -172,7 +172,7 @@ def test_state_is_sharded_as_its_parameters_are():
     state = jax.eval_shape(lambda p: train.TrainState.create(p, optimizer), PARAMS)
     for model in (3, 2):  # 192 columns, 3 blocks: these divide by 3 and not by 2
         mesh = AbstractMesh((1, model), ("data", "tensor"))
-        rules = [rule for rule in models.RULES if "embed" not in rule[0]]
+        rules = [*(rule for rule in models.RULES if "embed" not in rule[0]), ("", PartitionSpec())]
         found = jax.tree.map(lambda x: x.spec, sharding.shardings(state, mesh, rules))
         values, scales = found.opt_state.values[0].mu, found.opt_state.block_scales[0].mu
         assert values == found.params and values["layers"]["up"]["kernel"] == PartitionSpec(None, None, "tensor")

@@ -8,12 +8,14 @@ a cache the other way round, see `SlotMajorCache` and `alignax.models.kernels`; 
 """
 
 import itertools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from alignax.sharding import HEAD_AXES, ROW_AXES, constrain, divisors, free_axes
 from alignax.types import Array
 
 UNSEEN = -1e30  # finite: a row that sees nothing (padding) gets a uniform average, not NaN
@@ -157,6 +159,21 @@ def _matmul(left: Array, right: Array) -> Array:
 def as_cache(keys: Float[Array, "B T KV hd"], values: Float[Array, "B T KV hd"]) -> LayerCache:
     """The keys and values of a row's own tokens in the layout of the cache."""
     return LayerCache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
+
+
+def spread_heads(cache: LayerCache, heads: int) -> LayerCache:
+    """Key heads repeated where a mesh splits the `heads` of queries into more parts than there are key heads."""
+    count = cache.values.shape[1]
+    times = math.lcm(count, head_parts(heads)) // count
+    if times == 1 or heads % (count * times):
+        return cache
+    return LayerCache(*(constrain(jnp.repeat(x, times, axis=1), ROW_AXES, HEAD_AXES, None, None) for x in cache))
+
+
+def head_parts(heads: int) -> int:
+    """Into how many parts the mesh in effect splits so many heads of queries."""
+    sizes = free_axes()
+    return math.prod(sizes[name] for name in divisors(sizes, heads, HEAD_AXES))
 
 
 def write(

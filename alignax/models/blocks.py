@@ -8,13 +8,23 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
 from alignax.models import kernels, rope
-from alignax.models.attention import ForkedCache, LayerCache, as_cache, attend, attend_forked, attend_rows, write
+from alignax.models.attention import (
+    ForkedCache,
+    LayerCache,
+    as_cache,
+    attend,
+    attend_forked,
+    attend_rows,
+    spread_heads,
+    write,
+)
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import Linear
 from alignax.models.moe import MixtureMLP
 from alignax.models.remat import named
 from alignax.models.rows import Rows
 from alignax.models.shared import Shared
+from alignax.sharding import HEAD_AXES, ROW_AXES, constrain
 from alignax.types import Array, Params
 
 # Bool [*K, B, T, S], `Rows` where whole rows need no mask, or `Shared` where they hold a prompt and all that continues
@@ -87,7 +97,7 @@ class Attention(nn.Module):
             projected = _dense(config, count * config.head_dim, name, use_bias=config.qkv_bias)(x)
             if normed and config.qk_norm_whole:
                 projected = RMSNorm(config, name=f"{name}_norm")(projected)
-            projected = projected.reshape(*x.shape[:2], count, config.head_dim)
+            projected = _by_heads(projected.reshape(*x.shape[:2], count, config.head_dim))
             if normed and config.qk_norm:
                 projected = RMSNorm(config, name=f"{name}_norm")(projected)
             return rope.rotate(projected, angle) if normed and angle is not None else projected
@@ -102,7 +112,7 @@ class Attention(nn.Module):
         else:
             cache = write(past, k, v, slots)
         mixed = _mix(config, q, cache, visible, whole=past is None)
-        mixed = mixed.reshape(*x.shape[:2], -1)
+        mixed = constrain(mixed.reshape(*x.shape[:2], -1), ROW_AXES, "sequence", "tensor")
         return _dense(config, config.hidden_size, "o", use_bias=config.out_bias)(mixed), cache
 
 
@@ -116,6 +126,7 @@ def _mix(
 ) -> Float[Array, "B T H hd"]:
     """The attention that fits what is visible; `whole` where the cache is the rows' own keys and values and no more."""
     options = {"scalar": config.attention_scalar, "softcap": config.attention_softcap}
+    cache = spread_heads(cache, queries.shape[2]) if whole else cache
     if isinstance(visible, Rows):
         return visible.attend(queries, cache, **options)
     if isinstance(visible, Shared):
@@ -146,6 +157,7 @@ class MLP(nn.Module):
             inner = activation(gate) * dense(config.intermediate_size, "up")(x)
         else:
             inner = activation(dense(config.intermediate_size, "up")(x))
+        inner = constrain(inner, ROW_AXES, "sequence", "tensor")
         return dense(config.hidden_size, "down")(named(inner, "mlp_inner"))
 
 
@@ -173,7 +185,7 @@ class Block(nn.Module):
 
         kind: which of the K kinds of layer it is; None: `angle` and `visible` have no such axis.
         """
-        config, x = self.config, named(x, "block_input")
+        config, x = self.config, named(by_tokens(x), "block_input")
         if kind is not None:
             angle, visible = _pick(angle, kind), _pick(visible, kind)
         inner = norm(config, "attn_norm")(x) if config.pre_norm else x
@@ -190,7 +202,7 @@ class Block(nn.Module):
             changed = MLP(config, name="mlp")(inner)
         changed = named(changed, "mlp_out")
         changed = norm(config, "mlp_post_norm")(changed) if config.post_norm else changed
-        return x + mixed + changed, (cache if kept else None, sums)
+        return by_tokens(x + mixed + changed), (cache if kept else None, sums)
 
 
 def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:
@@ -213,6 +225,21 @@ def scanned(config: TransformerConfig, *, keep: bool = False) -> nn.Module:
 def apply(module: nn.Module, params: Params, *args: Any) -> Any:
     """The module with these parameters."""
     return module.apply({"params": params}, *args)
+
+
+def by_tokens(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """States on a mesh: rows over their axes, tokens over "sequence", all of a token's state in one place."""
+    return constrain(x, ROW_AXES, "sequence", None)
+
+
+def _by_heads(x: Float[Array, "B T heads hd"]) -> Float[Array, "B T heads hd"]:
+    """What attends, on a mesh: every device has whole rows of some heads, so that any attention will do.
+
+    Tokens that lie over "sequence" are exchanged for heads before and after, as far as heads divide: "DeepSpeed
+    Ulysses: System Optimizations for Enabling Training of Extreme Long Sequence Transformer Models", Jacobs et al.
+    (https://arxiv.org/abs/2309.14509).
+    """
+    return constrain(x, ROW_AXES, None, HEAD_AXES, None)
 
 
 def _real(visible: Visible) -> Bool[Array, "B T"]:

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
+from alignax import sharding
 from alignax.models import kernels, tiled
 from alignax.models.attention import LayerCache
 from alignax.models.config import TransformerConfig
@@ -287,22 +288,19 @@ def _triton() -> ModuleType:
 
 def _on_own_rows(attend: Callable[..., Array], queries: Array, cache: LayerCache, segments: Array | None) -> Array:
     """Each device runs the kernel on its rows and heads, of the mesh in effect; XLA would give it all of them."""
-    rows, heads = _free_axes()
-    if not rows and not heads:
+    sizes = sharding.free_axes()
+    if not sizes:
         return attend(queries, cache, segments)
-    by_token, by_head = P(rows, None, heads or None), P(rows, heads or None)
+    rows = tuple(name for name in sharding.ROW_AXES if name in sizes)
+    heads, key_heads = (
+        sharding.divisors(sizes, x, sharding.HEAD_AXES) for x in (queries.shape[2], cache.values.shape[1])
+    )
+    by_token, by_head = P(rows, None, heads), P(rows, key_heads)
     specs = (by_token, jax.tree.map(lambda _: by_head, cache), None if segments is None else P(rows))
-    mesh, names = jax.sharding.get_abstract_mesh(), {*rows, *heads}
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)  # all, those of one device too: XLA cannot split a kernel
     spread = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=by_token, axis_names=names, check_vma=False)
     return spread(queries, cache, segments)
-
-
-def _free_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the mesh in effect that XLA would split over: of rows, and of heads ("tensor")."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if mesh.shape[name] > 1 and kind != manual]
-    return tuple(name for name in free if name != "tensor"), tuple(name for name in free if name == "tensor")
 
 
 def _unsplit(config: TransformerConfig, rows: int, here: bool) -> str | None:
@@ -311,9 +309,12 @@ def _unsplit(config: TransformerConfig, rows: int, here: bool) -> str | None:
     if mesh.empty:
         alone = not here or jax.device_count() == 1
         return None if alone else f"no mesh is set that says how to split a kernel over {jax.device_count()} devices"
-    by_rows, by_heads = (math.prod(mesh.shape[name] for name in names) for names in _free_axes())
-    if rows % by_rows or config.num_kv_heads % by_heads:
-        return f"{rows} rows and {config.num_kv_heads} key heads do not divide among {by_rows} x {by_heads} devices"
+    sizes = sharding.free_axes()
+    axes = sharding.ROW_AXES, sharding.HEAD_AXES
+    by_rows, by_heads = (math.prod(sizes.get(name, 1) for name in names) for names in axes)
+    if rows % by_rows or config.num_heads % math.lcm(config.num_kv_heads, by_heads):  # key heads may be repeated
+        heads = f"{config.num_heads} heads ({config.num_kv_heads} of keys)"
+        return f"{rows} rows and {heads} do not divide among {by_rows} x {by_heads} devices"
     return None
 
 

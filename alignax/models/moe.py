@@ -6,10 +6,12 @@ kernel. The size of a block follows from the number of tokens, so that the same 
 step and the many of an update. `jax.lax.ragged_dot` says the same, but where XLA expands it, as on CPU, it multiplies
 every assignment with every expert.
 
-On a mesh with rows over "data", call the step within `jax.set_mesh(mesh)`: then every device sorts and multiplies the
-rows it has. Without, the result is the same, and every device works on all rows.
+On a mesh call the step within `jax.set_mesh(mesh)`: then every device sorts and multiplies the rows it has, or with an
+axis "expert" what all rows along it want of the experts it has. Without, the result is the same, and every device works
+on all rows.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 
 from alignax.models.config import TransformerConfig
 from alignax.models.remat import named
+from alignax.sharding import ROW_AXES, divisors
 from alignax.types import Array
 
 _LARGEST_BLOCK = 128
@@ -76,7 +79,7 @@ class _Experts(nn.Module):
 
         def mixed(x, chosen, weights, kernels):
             rows, chosen = x.reshape(-1, outer), chosen.reshape(-1, config.experts_per_token)
-            blocks = in_blocks(chosen, config.num_experts)
+            blocks = in_blocks(chosen, kernels["up"].shape[0])
 
             def product(x, name):
                 return grouped_matmul(x, kernels[name], blocks.experts, blocks.used)
@@ -89,18 +92,32 @@ class _Experts(nn.Module):
             mixed = jnp.einsum("nkd,nk->nd", chosen_rows, weights.reshape(chosen.shape).astype(config.dtype))
             return mixed.reshape(x.shape)
 
-        return _on_own_rows(mixed, x.shape[0])(x, chosen, weights, kernels)
+        return _on_own_rows(mixed, x.shape, config.num_experts)(x, chosen, weights, kernels)
 
 
-def _on_own_rows(mixed: Callable[..., Array], rows: int) -> Callable[..., Array]:
-    """`mixed` of the rows that a device has; left to itself, XLA would gather all rows before it sorts them."""
+def _on_own_rows(mixed: Callable[..., Array], shape: tuple[int, ...], experts: int) -> Callable[..., Array]:
+    """`mixed` of the tokens that a device has; left to itself, XLA would gather all rows before it sorts them.
+
+    Where experts lie over devices, these exchange tokens first: each has the tokens of all of them, adds up what its
+    own experts make of them, and gives the others their part.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    parts = mesh.shape.get("data", 1)
-    if parts == 1 or rows % parts:
+    free = {name: mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes}
+    rows = tuple(name for name in ROW_AXES if name in free)
+    parts = math.prod(free[name] for name in rows)
+    if parts == 1 or shape[0] % parts or experts % free.get("expert", 1):
         return mixed
-    data, whole = PartitionSpec("data"), PartitionSpec()
-    specs = (data, data, data, whole)
-    return jax.shard_map(mixed, mesh=mesh, in_specs=specs, out_specs=data, axis_names={"data"}, check_vma=False)
+
+    def exchanged(x: Array, chosen: Array, weights: Array, kernels: dict[str, Array]) -> Array:
+        x, chosen, weights = (jax.lax.all_gather(part, "expert", tiled=True) for part in (x, chosen, weights))
+        chosen -= jax.lax.axis_index("expert") * (experts // free["expert"])
+        return jax.lax.psum_scatter(mixed(x, chosen, weights, kernels), "expert", tiled=True)
+
+    own = PartitionSpec(rows, *divisors(free, shape[1], "sequence"))
+    spread = "expert" if free.get("expert", 1) > 1 else None
+    options = {"mesh": mesh, "axis_names": {*rows, *own[1:]}, "check_vma": False}
+    specs = (own, own, own, PartitionSpec(spread))
+    return jax.shard_map(exchanged if spread else mixed, in_specs=specs, out_specs=own, **options)
 
 
 class _Kernel(nn.Module):
@@ -135,13 +152,17 @@ def router_sums(logits: Float[Array, "N E"], chosen: Int[Array, "N k"], counted:
 
 
 def in_blocks(chosen: Int[Array, "N k"], num_experts: int) -> Blocks:
-    """Sorts assignments by expert and gives every expert as many whole blocks as it needs."""
+    """Sorts assignments by expert and gives every expert as many whole blocks as it needs.
+
+    Those to experts below 0 or from `num_experts` on, which are elsewhere, come last, in blocks that are not used.
+    """
     assignments, per_token = chosen.size, chosen.shape[1]
+    chosen = jnp.where((chosen >= 0) & (chosen < num_experts), chosen, num_experts)
     size = _block_size(assignments / num_experts)
-    count = assignments // size + min(num_experts, assignments)  # enough, however they fall
+    count = assignments // size + min(num_experts + 1, assignments)  # enough, however they fall
     expert = chosen.reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    load = jnp.zeros(num_experts, jnp.int32).at[expert].add(1)
+    load = jnp.zeros(num_experts + 1, jnp.int32).at[expert].add(1)
     needed = -(-load // size)
     ends = jnp.cumsum(needed)
     rank = jnp.arange(assignments) - (jnp.cumsum(load) - load)[expert[order]]  # among those of the same expert
@@ -149,7 +170,7 @@ def in_blocks(chosen: Int[Array, "N k"], num_experts: int) -> Blocks:
     slots = jnp.zeros(assignments, jnp.int32).at[order].set(slot)
     tokens = jnp.full(count * size, chosen.shape[0]).at[slot].set(order // per_token)
     experts = jnp.searchsorted(ends, jnp.arange(count), side="right", method="compare_all")
-    return Blocks(slots.reshape(chosen.shape), tokens, jnp.minimum(experts, num_experts - 1), ends[-1])
+    return Blocks(slots.reshape(chosen.shape), tokens, jnp.minimum(experts, num_experts - 1), ends[-2])
 
 
 def _block_size(load: float) -> int:

@@ -17,25 +17,36 @@ from jaxtyping import Float, Int
 
 from alignax.models import decoding, shared, views
 from alignax.models.attention import capped, write_front
-from alignax.models.blocks import apply, norm, scanned
+from alignax.models.blocks import apply, by_tokens, norm, scanned
 from alignax.models.config import TransformerConfig
 from alignax.models.linear import matmul
 from alignax.models.rows import Rows
 from alignax.models.segments import segment_positions
+from alignax.sharding import constrain
 from alignax.types import Array, Cache, Hidden, Model, Params
 
-# Tensor parallel over "tensor": projections into the heads and the MLP split by column, those out of them by row, the
-# embedding and the head by vocabulary. Each expert of a mixture is split like an MLP, so that no routing leaves a
-# device idle. The leading axis of everything under "layers" is the layer.
+# The leading axis of everything under "layers" is the layer. Over "tensor" projections into the heads and the MLP are
+# split by column, those out of them by row, the embedding and the head by vocabulary; over "fsdp" all of them along
+# their other axis; experts over "expert", and each like an MLP. What is small is everywhere: norms and biases of D. A
+# vocabulary that does not divide leaves the splitting of its matrices to their other axis.
 RULES = (
-    (r"(^|/)embed/embedding$", P("tensor", None)),
-    (r"(^|/)head/kernel$", P(None, "tensor")),
-    (r"(^|/)experts/(gate|up)/kernel$", P(None, None, None, "tensor")),
-    (r"(^|/)experts/down/kernel$", P(None, None, "tensor", None)),
-    (r"(^|/)(q|k|v|gate|up)/(kernel(/qvalue|/scale)?|lora_b)$", P(None, None, "tensor")),
+    (r"(^|/)embed/embedding$", P("tensor", "fsdp"), P(None, ("fsdp", "tensor"))),
+    (r"(^|/)positions/embedding$", P(None, "fsdp")),
+    (r"(^|/)head/kernel$", P("fsdp", "tensor"), P(("fsdp", "tensor"), None)),
+    (r"(^|/)score/kernel$", P("fsdp", None)),
+    (r"(^|/)router/kernel$", P(None, "fsdp", None)),
+    (r"(^|/)experts/(gate|up)/kernel$", P(None, "expert", "fsdp", "tensor")),
+    (r"(^|/)experts/down/kernel$", P(None, "expert", "tensor", "fsdp")),
+    (r"(^|/)(q|k|v|gate|up)/kernel(/qvalue)?$", P(None, "fsdp", "tensor")),
+    (r"(^|/)(q|k|v|gate|up)/(kernel/scale|lora_b)$", P(None, None, "tensor")),
     (r"(^|/)(q|k|v|gate|up)/(bias|lora_magnitude)$", P(None, "tensor")),
-    (r"(^|/)(o|down)/(kernel(/qvalue)?|lora_a)$", P(None, "tensor", None)),
-    (r".*", P()),
+    (r"(^|/)(q|k|v|gate|up)/lora_a$", P(None, "fsdp", None)),
+    (r"(^|/)(o|down)/kernel(/qvalue)?$", P(None, "tensor", "fsdp")),
+    (r"(^|/)(o|down)/lora_a$", P(None, "tensor", None)),
+    (r"(^|/)(o|down)/lora_b$", P(None, None, "fsdp")),
+    (r"(^|/)(o|down)/(bias|lora_magnitude|kernel/scale)$", P()),
+    (r"(^|/)\w*norm/(scale|bias)$", P()),
+    (r"(^|/)lora_(key|rate)$", P()),
 )
 
 
@@ -94,7 +105,7 @@ def transformer(config: TransformerConfig) -> Model:
         prefill, placed = cache is not None and positions is None, positions is not None
         if positions is None:
             positions = _in_order(tokens) if prefill else segment_positions(segments.astype(jnp.int32), parents)
-        x = _embed(config, params, jnp.where(segments != 0, tokens, 0), positions)
+        x = by_tokens(_embed(config, params, jnp.where(segments != 0, tokens, 0), positions))
         if cache is None or (prefill and not decoding.is_unrolled(params)):
             if prompt is not None:
                 seen = views.of_shared(config, segments, positions, prompt)
@@ -129,7 +140,7 @@ def _embed(config: TransformerConfig, params: Params, tokens: Array, positions: 
 
 def _rows(config: TransformerConfig, table: Params, ids: Array) -> Array:
     # An id outside the table becomes NaN: loud, where clamping would quietly read another row.
-    rows = table["embedding"].at[ids]
+    rows = constrain(table["embedding"], "tensor", None).at[ids]
     return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(config.dtype)
 
 

@@ -206,8 +206,9 @@ def test_choices(change, platform, facts, name, reason):
     "axes, types_, name, reason",
     [
         ({"data": 2, "tensor": 2}, AxisType.Auto, "splash", "in the kernel"),
-        ({"data": 4}, AxisType.Auto, "tiled XLA", "2 rows and 2 key heads do not divide among 4 x 1 devices"),
-        ({"tensor": 4}, AxisType.Auto, "tiled XLA", "do not divide among 1 x 4 devices"),
+        ({"data": 4}, AxisType.Auto, "tiled XLA", "2 rows and 4 heads (2 of keys) do not divide among 4 x 1 devices"),
+        ({"tensor": 2, "sequence": 2}, AxisType.Auto, "splash", "in the kernel"),  # keys are repeated
+        ({"tensor": 8}, AxisType.Auto, "tiled XLA", "do not divide among 1 x 8 devices"),
         ({"device": 8}, AxisType.Manual, "splash", "in the kernel"),  # inside of `jax.shard_map` or `jax.pmap`
     ],
 )
