@@ -1,19 +1,28 @@
 """On which devices a script runs: its processes joined, one mesh over all of them, in effect while it works."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import peers
 
-from alignax import sharding
+from alignax import distributed, sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The mesh: fields of a Config. What is left of the devices is its axis "data", which takes different rows."""
+    """Processes and mesh: fields of a Config. What is left of the devices is its axis "data", for different rows."""
 
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, a free port there; Cloud TPU, SLURM and Open MPI need none."""
+    processes: int | None = None
+    """How many processes there are, where the environment does not tell."""
+    process: int | None = None
+    """The number of this one, from 0."""
     fsdp: int = 1
     """Devices over which parameters and optimizer are spread; they take different rows, too."""
     tensor: int = 1
@@ -26,19 +35,34 @@ class Options:
 
 def make_mesh(config: Any) -> jax.sharding.Mesh:
     """The mesh that a Config asks for, over all devices of all processes."""
-    axes = {field.name: getattr(config, field.name) for field in dataclasses.fields(Options)}
+    axes = {name: getattr(config, name) for name in sharding.AXES[1:]}
     return sharding.make_mesh(data=-1, **axes)
 
 
 def on_mesh(main: Callable) -> Callable[[Any], Any]:
-    """Makes `main(config)` of `main(config, mesh)`; a mesh of several devices is in effect (`jax.set_mesh`)."""
+    """Makes `main(config)` of `main(config, mesh)`: it joins the processes and makes the mesh.
+
+    A mesh of several devices is in effect (`jax.set_mesh`). Of several processes only the first prints, and when one
+    dies the others end with the exit code `peers.PEER_LOST`.
+    """
 
     @functools.wraps(main)
     def started(config: Any) -> Any:
-        mesh = make_mesh(config)
-        if mesh.size == 1:
-            return main(config, mesh)
-        with jax.set_mesh(mesh):
-            return main(config, mesh)
+        several = distributed.initialise(config.coordinator, config.processes, config.process)
+        with peers.watching() if several else contextlib.nullcontext(), _quiet(not distributed.is_first()):
+            mesh = make_mesh(config)
+            if mesh.size == 1:
+                return main(config, mesh)
+            with jax.set_mesh(mesh):
+                return main(config, mesh)
 
     return started
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    if not quiet:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

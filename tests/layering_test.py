@@ -29,6 +29,7 @@ LEVELS = (
         "trpo",
         "sampling",
         "sharding",
+        "distributed",
         "ahead",
         "precision",
         "leafwise",
