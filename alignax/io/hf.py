@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from alignax.io import families, score, tensors
 from alignax.models import RULES, TransformerConfig, transformer, with_score
@@ -106,7 +108,8 @@ def save(
     For a model that came from `load`, config.json and generation_config.json keep what they had, under what
     `model.config` says now. Otherwise the architecture follows from the configuration and the ids of special tokens
     from `tokenizer`. eos_ids: what ends a generation, if not that. max_shard_bytes: larger models are written as
-    several files with an index. The folder appears when it is complete; a failure leaves nothing behind.
+    several files with an index. The folder appears when it is complete; a failure leaves nothing behind. On several
+    processes all call this, and the first one writes.
 
     A model with a scalar head becomes a sequence-classification folder. Where padding and EOS are the same token,
     transformers scores a row before its final EOS, and `alignax.logprobs.last_score` after it.
@@ -123,8 +126,7 @@ def save(
         )
     if max_shard_bytes <= 0:
         raise ValueError(f"save: max_shard_bytes={max_shard_bytes}; expected a positive number")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"save: {folder} exists and is not an empty folder")
+    check_free(folder)
     leaves = _plan_params(model, params)
     ids = _special_ids(config, tokenizer, eos_ids)
     dtype = next(leaf.dtype for leaf in leaves if leaf.path.removeprefix("backbone/").startswith("embed"))
@@ -136,10 +138,11 @@ def save(
     if eos_ids is not None:
         written["eos_token_id"] = ids["eos_token_id"]
     with appearing(folder) as partial:
-        write_json(partial / "config.json", written)
-        write_json(partial / "generation_config.json", generation)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+        if partial is not None:
+            write_json(partial / "config.json", written)
+            write_json(partial / "generation_config.json", generation)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
         tensors.write(partial, leaves, jax.tree.leaves(params), max_shard_bytes)
 
 
@@ -259,17 +262,38 @@ def _plan_params(model: Model, params: Params) -> list[tensors.Leaf]:
     return leaves
 
 
+def check_free(folder: Path) -> None:
+    """That nothing is in a folder that is about to be written, as the first process sees it.
+
+    Raises:
+      ValueError: when it is a file, or holds something; on every process.
+    """
+    taken = jax.process_index() == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if jax.process_count() > 1:
+        taken = multihost_utils.broadcast_one_to_all(np.bool_(taken))
+    if taken:
+        raise ValueError(f"save: {folder} exists and is not an empty folder")
+
+
 @contextlib.contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A sibling that takes the folder's place when the block ends well and vanishes when it does not."""
-    partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+def appearing(folder: Path) -> Iterator[Path | None]:
+    """A sibling that takes the folder's place when the block ends well and vanishes when it does not.
+
+    On several processes it is the first one's, the others get None, and all leave the block when the folder is there.
+    """
+    if jax.process_index() != 0:
+        yield None
+    else:
+        partial = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"alignax.io: {folder.name}")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -34,7 +34,7 @@ _ONLY = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orth
 def save(
     folder: str | Path, model: Model, adapters: Params, config: LoraConfig, *, base_name: str | None = None
 ) -> None:
-    """Writes a folder that `load` and PEFT open, complete or not at all.
+    """Writes a folder that `load` and PEFT open, complete or not at all. Of several processes the first one writes.
 
     Args:
       folder: new, or empty.
@@ -49,8 +49,7 @@ def save(
       TypeError: when the model is not the shipped transformer.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"save: {folder} exists and is not an empty folder")
+    hf.check_free(folder)
     places = _places(model)
     lora.check(_shapes(model), adapters, config)
     leaves = tensors.plan(adapters, _adapter_places(places, adapters))
@@ -61,7 +60,8 @@ def save(
     if config.full is not None:
         written["modules_to_save"] = ["score"]
     with hf.appearing(folder) as partial:
-        hf.write_json(partial / _CONFIG, written)
+        if partial is not None:
+            hf.write_json(partial / _CONFIG, written)
         tensors.write(partial, leaves, jax.tree.leaves(adapters), single=_WEIGHTS)
 
 

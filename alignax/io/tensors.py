@@ -1,22 +1,30 @@
 """Safetensors in and out: one open folder as a dict of lazy tensors, leaves read slice by slice, shards with an index.
 
 Only what a device needs is read: a leaf that stacks L layers is filled layer by layer, and on a mesh each shard asks
-for its own slices, so that the host never holds a whole model. Nothing but safetensors is ever opened.
+for its own slices and is on its device before the next is read; a process reads for its own devices only. What is
+written is gathered tensor by tensor. So the host never holds a whole model beside the devices' memory. Nothing but
+safetensors is ever opened.
 """
 
 import contextlib
+import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPE_NAMES |= {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_COMPARED = 2**22  # numbers of two tensors that are compared at a time
 _LISTED = 8
 
 
@@ -155,22 +163,25 @@ def check(folder: Path, leaves: Sequence[Leaf], tensors: Mapping[str, Tensor], *
 
 
 def read(leaf: Leaf, tensors: Mapping[str, Tensor], sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """A leaf as a device array, or as the shards that `sharding` asks for, in the leaf's dtype."""
+    """A leaf as a device array, or as the shards that `sharding` asks for, in the leaf's dtype.
+
+    A process reads what its own devices need, each part once, and holds one part beside what the devices have.
+    """
     if sharding is None:
         return jax.device_put(_read_part(leaf, tensors, tuple(slice(None) for _ in leaf.shape)))
-    parts: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one reading of it
-
-    def part(index: Any) -> np.ndarray:
-        bounds = tuple(item.indices(size)[:2] for item, size in zip(index, leaf.shape))
-        if bounds not in parts:
-            parts[bounds] = _read_part(leaf, tensors, tuple(slice(*bound) for bound in bounds))
-        return parts[bounds]
-
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    holders: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(item.indices(size)[:2] for item, size in zip(index or (), leaf.shape))
+        holders.setdefault(bounds, []).append(SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+    shards = []
+    for bounds, places in holders.items():
+        part = _read_part(leaf, tensors, tuple(slice(*bound) for bound in bounds))
+        shards += jax.block_until_ready([jax.device_put(part, place) for place in places])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards, dtype=leaf.dtype)
 
 
 def write(
-    folder: Path,
+    folder: Path | None,
     leaves: Sequence[Leaf],
     arrays: Sequence[Any],
     max_shard_bytes: int | None = None,
@@ -179,32 +190,68 @@ def write(
 ) -> None:
     """Writes model.safetensors, or numbered files of at most `max_shard_bytes` (one tensor at least) and their index.
 
-    One file is gathered on the host at a time. max_shard_bytes: None for one file, whose name is `single`.
+    One tensor is gathered on the host at a time. Where the arrays lie on several processes all of them call this, and
+    the one with a folder writes; the others pass None. max_shard_bytes: None for one file, whose name is `single`.
     """
-    from safetensors.numpy import save_file
-
     parts: dict[str, list[tuple[Leaf, Any, tuple[int, ...]]]] = {}
     for leaf, array in zip(leaves, arrays):
         for name, index in zip(leaf.names, np.ndindex(*leaf.shape[: leaf.stacked])):
             parts.setdefault(name, []).append((leaf, array, index))
-    tensors = [(name, _bytes(found[0][0]), _fetch(found)) for name, found in parts.items()]
+    tensors = [_Written(name, found[0][0], _fetch(found)) for name, found in parts.items()]
     shards = [tensors] if max_shard_bytes is None else _split(tensors, max_shard_bytes)
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     files = [single] if len(shards) == 1 else files
     for file, shard in zip(files, shards):
-        (folder / file).touch()
-        mode = (folder / file).stat().st_mode  # save_file would leave it readable to the owner only
-        save_file({name: fetch() for name, _, fetch in shard}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(mode)
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards) for name, _, _ in shard}
-        index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": weight_map}
+        _write_file(None if folder is None else folder / file, shard)
+    if len(shards) > 1 and folder is not None:
+        weight_map = {tensor.name: file for file, shard in zip(files, shards) for tensor in shard}
+        index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors)}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+class _Written(NamedTuple):
+    """A tensor to write; `leaf` is one of those in it."""
+
+    name: str
+    leaf: Leaf
+    fetch: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.leaf.tensor_shape) * self.leaf.dtype.itemsize
+
+
+def _write_file(path: Path | None, tensors: Sequence[_Written]) -> None:
+    """One file, see https://huggingface.co/docs/safetensors: the header's length, the header, one tensor after another.
+
+    Wide dtypes come first, so that all are aligned.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.leaf.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.size
+        dtype = _DTYPE_NAMES[tensor.leaf.dtype.name]
+        header[tensor.name] = {"dtype": dtype, "shape": tensor.leaf.tensor_shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with contextlib.nullcontext() if path is None else path.open("wb") as file:
+        if file is not None:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            values = tensor.fetch()
+            if file is not None:
+                file.write(values.reshape(-1).view(np.uint8).data)
+
+
 def equal(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors hold the same values, NaN equal to NaN."""
-    return left.shape == right.shape and np.array_equal(left.view[:], right.view[:], equal_nan=True)
+    """Whether two tensors hold the same values, NaN equal to NaN; some of their rows are read at a time."""
+    if left.shape != right.shape:
+        return False
+    count, rows = left.shape[0], max(1, _COMPARED // max(1, math.prod(left.shape[1:])))
+    parts = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+    return all(np.array_equal(left.view[part], right.view[part], equal_nan=True) for part in parts)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -271,31 +318,39 @@ def _read_part(leaf: Leaf, tensors: Mapping[str, Tensor], index: tuple[slice, ..
     return part
 
 
-def _bytes(leaf: Leaf) -> int:
-    return int(np.prod(leaf.tensor_shape)) * leaf.dtype.itemsize
-
-
 def _fetch(parts: Sequence[tuple[Leaf, Any, tuple[int, ...]]]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
         first = parts[0][0]
-        values = np.asarray(parts[0][1][parts[0][2]])
+        values = _on_host(*parts[0][1:])
         if first.columns is not None:
             values = np.empty((*first.shape[first.stacked : -1], first.width), first.dtype)
             for leaf, array, index in parts:
-                values[..., leaf.columns] = np.asarray(array[index])
+                values[..., leaf.columns] = _on_host(array, index)
         return np.ascontiguousarray(values.T if first.transposed else values)
 
     return fetch
 
 
-def _split(tensors: list[tuple[str, int, Any]], limit: int) -> list[list[tuple[str, int, Any]]]:
+def _on_host(array: Any, index: tuple[int, ...]) -> np.ndarray:
+    sharding = getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding) and not (sharding.is_fully_addressable or sharding.is_fully_replicated):
+        return np.asarray(_gather(sharding.mesh)(array, index))
+    return np.asarray(array[index])
+
+
+@functools.cache
+def _gather(mesh: Any) -> Callable:
+    return jax.jit(lambda array, index: array[index], out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def _split(tensors: list[_Written], limit: int) -> list[list[_Written]]:
     shards, used = [[]], 0
     for tensor in tensors:
-        if shards[-1] and used + tensor[1] > limit:
+        if shards[-1] and used + tensor.size > limit:
             shards.append([])
             used = 0
         shards[-1].append(tensor)
-        used += tensor[1]
+        used += tensor.size
     return shards
 
 
