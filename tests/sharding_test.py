@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from problems import tiny
 
 from alignax import models, sharding, train
@@ -74,3 +74,18 @@ def test_replicate_and_back():
     assert copies["a"].shape == (len(jax.local_devices()), 3)
     np.testing.assert_array_equal(sharding.unreplicate(copies)["a"], tree["a"])
     assert sharding.unreplicate(copies)["key"] == tree["key"]
+
+
+def test_activations_are_split_as_far_as_they_divide():
+    def spec(shape, *axes, **sizes):
+        kinds = (AxisType.Auto,) * len(sizes)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = jax.make_jaxpr(lambda x: sharding.constrain(x, *axes))(jnp.zeros(shape))
+        return [tuple(equation.params["sharding"].spec) for equation in jaxpr.eqns]
+
+    rows = ("data", "fsdp")
+    assert spec((8, 6), rows, "tensor", data=2, fsdp=4, tensor=3) == [(rows, "tensor")]
+    assert spec((6, 7), rows, "tensor", data=2, fsdp=4, tensor=3) == [("data", None)]  # 6 do not divide by 8, 7 by 3
+    assert spec((8, 6), rows, None, fsdp=4, tensor=1) == [("fsdp", None)]
+    assert spec((8, 6), rows, "tensor", data=1, other=1) == [] == spec((8, 6), rows, None)
