@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from functools import partial
 
 import jax
@@ -12,12 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import VOCAB, tiny
 
-from alignax import ahead, losses, models, sampling, sharding, train
+from alignax import ahead, distributed, losses, models, sampling, sharding, train
 from alignax.algorithms import grpo
 
 ROWS, GROUP, WIDTH, NEW, STEPS = 4, 4, 3, 6, 5
-DEVICES = ahead.split_devices(2)
-LEARNERS, ACTORS = (sharding.make_mesh(devices, data=-1) for devices in DEVICES)
 
 
 def prompts(number):
@@ -31,13 +30,19 @@ def prompts(number):
 
 
 @functools.cache
+def meshes():
+    """That of the learners and that of the actors, which exist once the processes are joined."""
+    return [sharding.make_mesh(devices, data=-1) for devices in ahead.split_devices(2)]
+
+
+@functools.cache
 def compiled():
     model, params = tiny()
     sample = jax.jit(partial(sampling.generate, model, max_new_tokens=NEW, group=GROUP))
     optimizer = optax.sgd(2.0)
     update = jax.jit(train.make_update(grpo.make_loss(model, policy_loss=losses.ppo_clip, kl=None), optimizer))
     state = train.TrainState.create(params, optimizer)
-    return sample, update, jax.device_put(state, sharding.shardings(state, LEARNERS, models.RULES))
+    return sample, update, jax.device_put(state, sharding.shardings(state, meshes()[0], models.RULES))
 
 
 def start(mesh, weights, number):
@@ -56,8 +61,9 @@ def learn(state, rows):
     grouped = small.reshape(ROWS, GROUP)
     advantages = (grouped - grouped.mean(1, keepdims=True)).reshape(-1).astype(np.float32)
     batch = grpo.Batch(rows.tokens, rows.segments, rows.mask, advantages, old_logp=rows.logp)
-    with jax.set_mesh(LEARNERS):
-        state, metrics = compiled()[1](state, sharding.shard_batch(batch, LEARNERS))
+    learners, _ = meshes()
+    with jax.set_mesh(learners):
+        state, metrics = compiled()[1](state, sharding.shard_batch(batch, learners))
     return state, float(metrics["ratio/max"])
 
 
@@ -66,7 +72,7 @@ def plainly(lag):
     *_, state = compiled()
     versions, ratios = [state.params], []
     for number in range(STEPS):
-        _, rows = start(LEARNERS, versions[max(0, number - lag)], number)
+        _, rows = start(meshes()[0], versions[max(0, number - lag)], number)
         state, ratio = learn(state, rows)
         versions.append(state.params)
         ratios.append(ratio)
@@ -76,11 +82,12 @@ def plainly(lag):
 def asynchronously(*, interrupted=False, **options):
     """The loop of the module's docstring; `interrupted`: all that it has goes through numpy after the second step."""
     *_, state = compiled()
-    where = sharding.shardings(state.params, ACTORS, models.RULES)
+    _, actors = meshes()
+    where = sharding.shardings(state.params, actors, models.RULES)
     queue, used, ratios = ahead.Queue(), [], []
     for version in range(STEPS):
         weights = ahead.move(state.params, where)
-        queue, rollout = ahead.draw(queue, version, partial(start, ACTORS, weights), **options)
+        queue, rollout = ahead.draw(queue, version, partial(start, actors, weights), **options)
         used.append([rollout.value[0], rollout.version])
         state, ratio = learn(state, rollout.value[1])
         ratios.append(ratio)
@@ -101,7 +108,7 @@ def of_bytes():
     """Plans beside the shards that arrive."""
     found, tree = {}, {"a": jnp.ones((8, 4)), "b": jnp.ones((6,), jnp.bfloat16), "c": jnp.ones(())}
     spread = {"a": P("x", None), "b": P("x"), "c": P()}
-    first, last = (jax.sharding.Mesh(devices, ("x",)) for devices in DEVICES)
+    first, last = (jax.sharding.Mesh(devices, ("x",)) for devices in ahead.split_devices(2))
     put = lambda mesh, specs: {name: NamedSharding(mesh, spec) for name, spec in specs.items()}  # noqa: E731
     tree = jax.device_put(tree, put(first, spread))
     for name, where in {
@@ -116,12 +123,15 @@ def of_bytes():
         found[name] = [plan.size, list(plan.into.values()), list(there.values()), same(moved, tree)]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     found["shapes"] = ahead.plan_transfer(shapes, put(first, spread)).total
+    moved = ahead.move(tree, put(first, spread))
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(tree)
+    found["stays"] = [all(x.is_deleted() for x in tree.values()), [float(x.max()) for x in moved.values()]]
     return found
 
 
 def overlap():
     """An update that has ended while the actors are still at work: on half a second of it, behind their weights."""
-    (learner, *_), (actor, *_) = DEVICES
+    (learner, _), (actor, _) = ahead.split_devices(2)
     sample = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: y @ x, x))
     update = jax.jit(lambda x: x + 1, donate_argnums=0)
     weights = jax.device_put(jnp.zeros((512, 512)), learner)
@@ -135,8 +145,32 @@ def overlap():
     return early + [np.unique(new).tolist(), np.unique(held.value).tolist()]
 
 
+def across():
+    """Weights that go from two devices to two others, each pair over both processes; says what arrived."""
+    first, last = (jax.sharding.Mesh(devices, ("x",)) for devices in ahead.split_devices(2))
+    x = np.arange(12, dtype=np.float32).reshape(6, 2)
+    where = {"split": P("x"), "whole": P(), "turned": P(None, "x")}
+    split = sharding.place(x, NamedSharding(first, P("x")))
+    moved = {name: ahead.move(split + 1, NamedSharding(last, spec)) for name, spec in where.items()}
+    plan = {name: ahead.plan_transfer(split, NamedSharding(last, spec)) for name, spec in where.items()}
+    return {
+        "bytes": {name: list(found.into.values()) for name, found in plan.items()},
+        "right": [
+            np.array_equal(shard.data, x[shard.index] + 1)
+            and shard.device in last.devices
+            and len(leaf.sharding.device_set) == 2
+            for leaf in moved.values()
+            for shard in leaf.addressable_shards
+        ],
+        "doubled": float(jax.jit(jnp.sum)(2 * moved["split"])),
+    }
+
+
 def main():
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if len(sys.argv) > 1:
+        distributed.initialise(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+        return print(json.dumps(across()))
     report = {"overlap": overlap(), "bytes": of_bytes()}
     parameters = {}
     for lag in (0, 1):
@@ -148,7 +182,7 @@ def main():
     report["resumed"] = same(asynchronously(ahead=1, total=STEPS, interrupted=True)[0], parameters[1])
     _, _, used, queue = asynchronously(ahead=2, max_staleness=1)
     report["bounded"] = [used, queue.started, queue.dropped]
-    print(json.dumps(report))
+    return print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 from functools import partial
@@ -15,15 +16,36 @@ import pytest
 from alignax import ahead
 
 
+def started(devices, *words):
+    """The script in a process of so many devices."""
+    script = pathlib.Path(__file__).with_name("ahead_script.py")
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(script), *map(str, words)], env=environment, **pipes)
+
+
+def said(process):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return json.loads(output.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def report():
-    """One process of four devices serves all tests."""
-    script = pathlib.Path(__file__).with_name("ahead_script.py")
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    """One process of four devices serves all tests but one."""
+    return said(started(4))
+
+
+def test_weights_stay_in_their_process():
+    """Two processes, of two devices each one that learns and one that samples. x is float32 [6, 2]: 48 bytes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for found in [said(process) for process in [started(2, port, number) for number in (0, 1)]]:
+        assert found["bytes"] == {"split": [24, 24], "whole": [48, 48], "turned": [24, 24]}
+        assert found["right"] == [True] * 3  # a shard of each on this process's actor
+        assert found["doubled"] == 2 * (66 + 12)
 
 
 def test_with_the_newest_weights_it_is_the_synchronous_loop_to_the_bit(report):
@@ -68,6 +90,7 @@ def test_bytes_are_told_before_they_move(report):
     assert found["same"] == [144, [0, 0], [halves, halves], True]
     assert found["turned"] == [144, [32, 32], [halves, halves], True]  # a quarter of a, the other is there
     assert found["shapes"] == 2 * halves  # of shapes that lie nowhere all of it moves
+    assert found["stays"] == [True, [1, 1, 1]]  # on the same devices too, where the originals were donated
 
 
 def test_what_is_started_and_when():
