@@ -74,10 +74,14 @@ def test_shards_by_arithmetic():
     # rows over "data" and shares over "tensor" divide what is live; what is not split stays
     alone = planning.plan(config, sft.make_loss, optax.adam(1e-3), rows(8, 32))
     assert alone.activations / 8 < found.activations < alone.activations / 2
+    spread = AbstractMesh((2, 2, 2), ("fsdp", "sequence", "tensor"))
+    found = planning.plan(config, sft.make_loss, optax.adam(1e-3), rows(8, 32), mesh=spread)
+    assert found.parameters == found.gradients == 4 * (split // 4 + whole)
+    assert alone.activations / 8 < found.activations < alone.activations / 4
     on_host = planning.plan(
         config, sft.make_loss, optax.adam(1e-3), rows(8, 32), mesh=mesh, host="^opt_state/.*(mu|nu)"
     )
-    assert on_host.optimizer == 4 and on_host.parameters == found.parameters
+    assert on_host.optimizer == 4 and on_host.parameters == found.parameters  # a share of a quarter, too
 
 
 def test_what_does_not_fit_is_refused_and_the_largest_named():
