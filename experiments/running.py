@@ -13,20 +13,19 @@ import pathlib
 import signal
 import sys
 import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import common
 import jax
 import launch
 import records
+import suspects
 import watch
 from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from alignax import train
 from alignax.io import checkpoint, digests
 
 PREEMPTED = 75
@@ -87,20 +86,17 @@ class Run:
       total: the number of steps.
       show: names of the metrics beside the progress bar.
       curves: names of the metrics in curves.png; empty for all that were logged, the first twelve.
-      skips: how many updates in a row, left out since they were not finite, end the run (`log` raises).
 
     Raises:
       ValueError: when the folder holds something and `resume` is "no", is no folder or none of a run, is in use, or was
         begun with another Config, whose fields are named.
     """
 
-    def __init__(
-        self, config: Any, *, total: int, show: Sequence[str] = (), curves: Sequence[str] = (), skips: int = 10
-    ):
+    def __init__(self, config: Any, *, total: int, show: Sequence[str] = (), curves: Sequence[str] = ()):
         self.folder = pathlib.Path(config.output)
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self._config, self._total, self._show, self._curves, self._skips = config, total, show, curves, skips
+        self._config, self._total, self._show, self._curves = config, total, show, curves
         self._options = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(Options)}
         self._writes = jax.process_index() == 0
         self._manager: Any = None
@@ -199,14 +195,18 @@ class Run:
             self._ending = self._ending or (PREEMPTED, name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+    def log(
+        self, step: int, metrics: Mapping[str, Any], rows: Callable[[], suspects.Rows] | None = None
+    ) -> dict[str, float]:
         """Records one step's scalars and returns them as floats. One line, on disk at once; non-finite becomes null.
 
+        `rows` gives the rows behind them, and is called when `watch` has something to say.
+
         Warns:
-          RuntimeWarning: when a metric is NaN or infinite, naming the step and the metric.
+          RuntimeWarning: when a metric is NaN or infinite, or has crossed a bound of `watch`.
 
         Raises:
-          FloatingPointError: when `skips` updates in a row were left out, not being finite.
+          watch.Stop: when one that is to end the run was crossed before `resume`; afterwards `save` saves and ends it.
         """
         values = {name: float(value) for name, value in common.to_host(dict(metrics)).items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -220,10 +220,11 @@ class Run:
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix({n: common.format_number(values[n]) for n in self._show if n in values}, refresh=False)
         self._bar.update(step - self._bar.n)
-        if len(finite) < len(values):
-            bad = ", ".join(f"{name} = {value}" for name, value in values.items() if name not in finite)
-            warnings.warn(f"step {step}: not finite: {bad}", RuntimeWarning, stacklevel=2)
-        train.stop_after_skips(step, values, limit=self._skips)
+        try:
+            watch.act(self._config, self.history, step, values, rows)
+        except watch.Stop as stop:
+            if not self.end(STOPPED, str(stop)):
+                raise
         return values
 
     def save(self, step: int, everything: Mapping[str, Any]) -> None:
@@ -243,6 +244,12 @@ class Run:
             self._settle()
             print(f"{reason}: saved at step {step}; --resume auto goes on from there", file=sys.stderr)
             raise SystemExit(code)
+
+    def latest(self, prefix: str) -> dict[str, float]:
+        """The metrics whose names begin so, as they were logged last; empty at the start."""
+        found = {name: points[-1] for name, points in self.history.items() if name.startswith(prefix)}
+        last = max((step for step, _ in found.values()), default=0)
+        return {name: value for name, (step, value) in found.items() if step == last}
 
     def end(self, code: int, reason: str) -> bool:
         """Lets the next `save` save and end the run with this exit code; False when the run saves nothing."""

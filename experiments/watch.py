@@ -128,8 +128,9 @@ def act(
     for finding in said:
         if jax.process_index() == 0 and not finding.stop:
             warnings.warn(finding.text, RuntimeWarning, stacklevel=3)
-    if stops := [finding.text for finding in said if finding.stop]:
-        raise Stop("\n".join(stops))
+    if stops := [finding for finding in said if finding.stop]:
+        advice = f"To go on all the same, change {' and '.join(finding.field for finding in stops)}."
+        raise Stop("\n".join([*(finding.text for finding in stops), advice]))
 
 
 def _not_finite(step: int, values: Mapping[str, float]) -> list[Finding]:

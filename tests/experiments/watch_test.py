@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 import types
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import running
 import signs
 import suspects
 import tyro
@@ -258,3 +261,33 @@ def test_rows_of_data_have_their_texts_and_the_log_probabilities_of_now(tiny_fol
         at = np.flatnonzero(batch["mask"][i])
         expected = np.mean([logp[i, t - 1, batch["tokens"][i, t]] for t in at])
         np.testing.assert_allclose(found.numbers["logp"][i], expected, rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(running.Options):
+    output: pathlib.Path
+    evaluate_every: int = 100
+
+
+def test_a_stop_saves_and_ends_the_run_with_a_code_of_its_own(tmp_path, capsys):
+    def run(**options):
+        run = running.Run(Config(tmp_path / "run", **options), total=5)
+        with run:
+            state = run.resume({"count": np.int32(0)})
+            for step in range(run.step + 1, 6):
+                state = {"count": state["count"] + np.int32(1)}
+                run.log(step, {"kl": 2.0 * step})
+                run.save(step, state)
+        return int(state["count"])
+
+    stop = watch.Bound(3.0, patience=2, then="stop")
+    with pytest.raises(SystemExit) as ended:
+        run(watch_kl=stop)
+    assert ended.value.code == running.STOPPED == 77
+    said = capsys.readouterr().err
+    assert "step 3: kl is 6 nats a completion" in said and "saved at step 3" in said and "change watch_kl" in said
+    with pytest.raises(SystemExit):  # what was counted is remembered
+        run(watch_kl=stop, resume="auto")
+    assert run(watch_kl=watch.Bound(0), resume="auto") == 5
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
