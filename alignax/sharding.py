@@ -106,6 +106,22 @@ def free_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
 
 
+def gathered(params: Any, rules: Rules, *, axis: str = "fsdp") -> Any:
+    """Inside `jax.jit`: parameters whole along an axis of the mesh in effect, split as the rules say along the others.
+
+    For what reads them again and again, such as decoding: they are sent once, not for every token.
+
+    Raises:
+      ValueError: as `shardings`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if axis not in free_axes():
+        return params
+    kept = {name: mesh.shape[name] for name in mesh.axis_names if name != axis}
+    where = shardings(params, AbstractMesh(tuple(kept.values()), tuple(kept)), rules)
+    return jax.tree.map(lambda x, place: jax.lax.with_sharding_constraint(x, place.spec), params, where)
+
+
 def divisors(sizes: Mapping[str, int], count: int, entry: Any) -> tuple[str, ...]:
     """The names of an entry that `sizes` has, without the last ones if `count` does not divide by all."""
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
