@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import checks
 import jax
+import records
 
 from alignax.io import hf, peft
 from alignax.models import LoraConfig, lora
@@ -72,11 +73,11 @@ class Adapters(NamedTuple):
     def save(self, output: pathlib.Path, loaded: hf.Loaded, trained: Params, name: str) -> None:
         """Writes OUTPUT/model, and OUTPUT/adapter for the base of this name."""
         if self.config is None or self.base is None:
-            return hf.save(output / "model", loaded.model, trained, loaded.tokenizer)
+            return hf.save(records.cleared(output / "model"), loaded.model, trained, loaded.tokenizer)
         if self.exports:
-            peft.save(output / "adapter", loaded.model, trained, self.config, base_name=name)
+            peft.save(records.cleared(output / "adapter"), loaded.model, trained, self.config, base_name=name)
         merged = lora.merge(self.base, trained, self.config)
-        return hf.save(output / "model", loaded.model, merged, loaded.tokenizer)
+        return hf.save(records.cleared(output / "model"), loaded.model, merged, loaded.tokenizer)
 
 
 def check(config: Any, *, moves: str = "") -> LoraConfig | None:

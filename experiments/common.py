@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from alignax import data, leafwise, precision, sampling, sharding, train
+from alignax import data, distributed, leafwise, precision, sampling, sharding, train
 from alignax.data import text, truncation
 from alignax.io import hf
 
@@ -174,7 +174,7 @@ def make_show(loaded: hf.Loaded, prompts: Sequence[np.ndarray], *, new_tokens: i
     sample = jax.jit(generate)
 
     def show(title: str, params: Any, key: jax.Array) -> None:
-        samples = sample(params, tokens, lengths, key)
+        samples = to_host(sample(params, tokens, lengths, key))
         completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
         print_samples(title, loaded.tokenizer.batch_decode(shown), completions)
 
@@ -182,8 +182,11 @@ def make_show(loaded: hf.Loaded, prompts: Sequence[np.ndarray], *, new_tokens: i
 
 
 def to_host(tree: Any) -> Any:
-    """The same tree with numpy arrays for device arrays: one transfer, which waits for the device."""
-    return jax.device_get(tree)
+    """The same tree with numpy arrays for device arrays: one transfer, which waits for the device.
+
+    What several processes hold together is gathered: all of them must call this.
+    """
+    return distributed.to_host(tree)
 
 
 def save_curves(path: str | pathlib.Path, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -208,6 +211,18 @@ def print_samples(title: str, prompts: Sequence[str], completions: Sequence[str]
     print(f"--- {title}")
     for prompt, completion in zip(prompts, completions, strict=True):
         print(f"  {_one_line(prompt, width)} >>> {_one_line(completion, width)}")
+
+
+def held_out_metrics(values: Mapping[str, Any], *, loss: str) -> dict[str, Any]:
+    """Of a measurement, the metric named `loss` and the rewards, as held_out/..."""
+    names = {"held_out/loss": loss} | {f"held_out/{name}": name for name in values if name.startswith("rewards/")}
+    return {new: values[old] for new, old in names.items()}
+
+
+def print_accuracy(accuracy: float, pairs: int, where: Any) -> None:
+    """Prints the accuracy on so many held-out pairs with its standard error, and where the results are."""
+    error = (accuracy * (1 - accuracy) / pairs) ** 0.5
+    print(f"held-out accuracy {accuracy:.3f} +- {error:.3f} over {pairs} pairs; {where}")
 
 
 def _one_line(text: str, width: int) -> str:

@@ -25,6 +25,7 @@ import launch
 import numpy as np
 import optax
 import packed
+import records
 import running
 import tyro
 
@@ -152,11 +153,11 @@ def print_balance(config: Config, rows: list[data.TokenLabelled]) -> None:
         )
 
 
-def cut_off(batches) -> float:
+def print_cut_off(batches) -> None:
     """The share of the mismatched answers' tokens that did not fit beside another prompt, in one epoch."""
     counts = [[batch[name].sum() for name in ("mask", "mismatched_mask")] for batch, _ in batches]
     own, mismatched = np.sum(counts, axis=0)
-    return float(1 - mismatched / own)
+    print(f"mismatched rows: {1 - mismatched / own:.1%} of their answers cut off")
 
 
 def by_class(metrics: dict[str, jax.Array]) -> dict[str, float]:
@@ -192,6 +193,8 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     check(config, mesh)
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     rows, held_out = load_rows(config, loaded.tokenizer)
@@ -201,12 +204,11 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     batches = partial(data.batches, collate=collate, batch_size=config.batch_size, buckets=buckets)
     packing = packed.arrange(config, rows, batches, mesh)
     if config.loss == "kto":
-        lost = cut_off(packing.stream(batches, rows, seed=config.seed, epochs=1))
-        print(f"mismatched rows: {lost:.1%} of their answers cut off")
+        print_cut_off(packing.stream(batches, rows, seed=config.seed, epochs=1))
 
     optimizer = common.optimizer_of(config)
     state = common.create_state(loaded.params, optimizer, mesh, models.RULES, seed=config.seed)
-    frozen, hyper, seen = {"reference": loaded.params}, hyperparameters(config), 0.0
+    frozen, hyper = {"reference": loaded.params}, hyperparameters(config)
     update, measure, measure_kl = make_steps(config, loaded.model, optimizer, packing)
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
 
@@ -219,14 +221,17 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
         if measure_kl is not None:
             known = hyper | train.merge(measure_kl(state.params, batch, frozen, hyper) for batch in everything)
         values = by_class(train.merge(measure(state.params, batch, frozen, known) for batch in everything))
-        names = {"held_out/loss": "loss/rows"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
-        return {new: values[old] for new, old in names.items()}
+        return common.held_out_metrics(values, loss="loss/rows")
 
-    show("before", state.params, state.key)
     with run:
-        result = run.log(0, evaluate())
-        stream = packing.stream(batches, rows, seed=config.seed)
-        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
+        start = {"state": state, "position": data.batching.Position(), "hyper": hyper, "seen": 0.0}
+        saved = run.resume(start, unsaved={"model": loaded.params, "rows": rows})
+        state, position, hyper, seen, result = *(saved[name] for name in start), run.latest("held_out/")
+        if run.step == 0:
+            show("before", state.params, state.key)
+            result = run.log(0, evaluate())
+        stream = packing.stream(batches, rows, seed=config.seed, start=position)
+        for step, (batch, position) in zip(range(run.step + 1, config.steps + 1), stream):
             if config.loss == "bco":  # the mean reward of all rows so far moves by this batch's share of them
                 counted = float(batch["weights"].sum())
                 seen += counted
@@ -239,9 +244,10 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    show("after", state.params, state.key)
-    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
-    result = {name: float(value) for name, value in result.items()}
+            run.save(step, {"state": state, "position": position, "hyper": hyper, "seen": seen})
+        show("after", state.params, state.key)
+        hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)
+        result = run.finish(result)
     print(", ".join(f"{name} {value:.4f}" for name, value in result.items()) + f"; {config.output}")
     return result
 

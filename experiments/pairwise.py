@@ -124,10 +124,11 @@ STILL = {"beta_dpo": {"gap_mean": 0.0, "selected_mean": 0.0}}
 
 
 def make_dynamic_beta(model: Model) -> Callable:
-    """Makes `prepare(state, batch, frozen, hyper) -> batch, hyper`: the pairs beta-DPO selects, and its running mean.
+    """Makes `prepare(state, batch, frozen, hyper, moments) -> batch, hyper, moments`: the pairs that beta-DPO selects.
 
-    The forward pass that it takes is one more than other losses need: which pairs count depends on all of them. What
-    it finds of the reference goes along with the batch.
+    The moments are the running mean and deviation of the pairs' gaps, 0 at the start. The forward pass that it
+    takes is one more than other losses need: which pairs count depends on all of them. What it finds of the
+    reference goes along with the batch.
     """
 
     @jax.jit
@@ -137,10 +138,7 @@ def make_dynamic_beta(model: Model) -> Callable:
         assert chosen.ref_logp is not None and rejected.ref_logp is not None  # `frozen` holds a reference
         return gaps, jnp.stack([chosen.ref_logp, rejected.ref_logp], axis=1)
 
-    moments = (jnp.zeros(()), jnp.zeros(()))
-
-    def prepare(state, batch, frozen, hyper):
-        nonlocal moments
+    def prepare(state, batch, frozen, hyper, moments):
         gaps, ref_logp = gaps_of(state.params, batch, frozen)
         moments = losses.beta_dpo_moments(*moments, gaps, batch.weights)
         mean, std = moments
@@ -148,7 +146,7 @@ def make_dynamic_beta(model: Model) -> Callable:
         weights = losses.beta_dpo_select(key, gaps, batch.weights, mean=mean, std=std)
         selected = reduce.batch_mean(gaps, weights).value()
         batch = batch._replace(weights=weights, ref_logp=ref_logp)
-        return batch, hyper | {"gap_mean": mean, "selected_mean": selected}
+        return batch, hyper | {"gap_mean": mean, "selected_mean": selected}, moments
 
     return prepare
 

@@ -16,9 +16,8 @@ TensorBoard scalars, curves.png, config.json.
 
 import dataclasses
 import functools
-import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ import tyro
 from alignax import data, losses, models, sharding, train
 from alignax.algorithms import preference
 from alignax.data import reference_cache
-from alignax.io import hf
+from alignax.io import digests, hf
 from alignax.types import Model
 
 SHOW = ("loss", "rewards/accuracies", "held_out/rewards/accuracies")
@@ -267,17 +266,42 @@ def make_steps(
     return update, jax.jit(measure), prepare
 
 
-def stages(config: Config, pairs: list) -> list[tuple[list, int]]:
-    """Each part of the data with its number of updates: one part, but for sDPO."""
+def stages(config: Config, pairs: list) -> list[tuple[list, int, int]]:
+    """Each part of the data with the numbers of updates before and after it: one part, but for sDPO."""
     count = config.stages if config.reference == "sdpo" else 1
     edges = [round(stage * len(pairs) / count) for stage in range(count + 1)]
     steps = [round(stage * config.steps / count) for stage in range(count + 1)]
-    return [(pairs[a:b], d - c) for a, b, c, d in zip(edges, edges[1:], steps, steps[1:])]
+    return [(pairs[a:b], c, d) for a, b, c, d in zip(edges, edges[1:], steps, steps[1:])]
+
+
+def training(
+    config: Config, packing: packed.Packing, batches: partial, pairs: list, done: int, position: data.batching.Position
+) -> Iterator[tuple[int, bool, data.batching.Batch, data.batching.Position]]:
+    """Each update behind those done: its number, whether it begins a stage but the first, its batch, the position."""
+    for rows, first, last in stages(config, pairs):
+        start = position if first < done else data.batching.Position()
+        stream = packing.stream(batches, rows, seed=config.seed, start=start)
+        for step, (batch, after) in zip(range(max(first, done) + 1, last + 1), stream):
+            yield step, 0 < first == step - 1, batch, after
+
+
+def next_stage(
+    state: train.TrainState, optimizer: optax.GradientTransformation
+) -> tuple[dict[str, Any], train.TrainState]:
+    """Of sDPO: what was learned becomes the reference, and the optimizer begins anew."""
+    kept = jax.tree.map(lambda x: x.sharding, state.opt_state)
+    state = state._replace(opt_state=jax.device_put(optimizer.init(state.params), kept))
+    return {"reference": jax.tree.map(jnp.copy, state.params)}, state
+
+
+def moving(config: Config, frozen: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The reference, where it is another in each run: what a checkpoint has to hold of it."""
+    return {} if config.reference == "fixed" or frozen is None else frozen
 
 
 def make_optimizer(config: Config, pairs: list) -> optax.GradientTransformation:
     """That of a stage: each of sDPO's has a schedule of its own."""
-    config = dataclasses.replace(config, steps=max(count for _, count in stages(config, pairs)))
+    config = dataclasses.replace(config, steps=max(last - first for _, first, last in stages(config, pairs)))
     return common.optimizer_of(config, bits=config.optimizer_bits, offload=config.offload)
 
 
@@ -286,6 +310,8 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     objective, hyper = check_loss(config, mesh)
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     checks.check_context(loaded, "limit", config.limit)
     computes = objective.reference and not (config.precompute_reference or config.cache_reference)
@@ -298,11 +324,10 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
 
     known = reference_rows(config, loaded, partial(batches, pairs + held_out, seed=None, epochs=1), mesh)
     place = partial(place_pairs, mesh=mesh, known=known)
-    where, optimizer = {"offload": config.offload}, make_optimizer(config, pairs)
-    state = common.create_state(
-        trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed, **where
-    )
+    optimizer, options = make_optimizer(config, pairs), {"seed": config.seed, "offload": config.offload}
+    state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, **options)
     frozen = {"reference": loaded.params} if computes else None
+    unsaved = {"model": digests.of_tree(loaded.params), "pairs": pairs}
     loaded = loaded._replace(params=None)  # so that nothing holds what nothing reads
     update, measure, prepare = make_steps(config, objective, loaded.model, optimizer, packing, trained)
     follow = jax.jit(partial(train.ema_every, **pairwise.schedule(config)))
@@ -311,36 +336,36 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     def evaluate() -> dict[str, jax.Array]:
         everything = (place(batch) for batch, _ in batches(held_out, seed=None, epochs=1))
         values = train.merge(measure(state.params, batch, trained.frozen(frozen), hyper) for batch in everything)
-        names = {"held_out/loss": "loss/pairs"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
-        return {new: values[old] for new, old in names.items()}
+        return common.held_out_metrics(values, loss="loss/pairs")
 
-    show("before", trained.whole(state.params), state.key)
     with run:
-        result = run.log(0, evaluate())
-        step = 0
-        for stage, (rows, count) in enumerate(stages(config, pairs)):
-            if stage > 0:  # sDPO
-                frozen = {"reference": jax.tree.map(jnp.copy, state.params)}
-                kept = jax.tree.map(lambda x: x.sharding, state.opt_state)
-                state = state._replace(opt_state=jax.device_put(optimizer.init(state.params), kept))
-            for batch, _ in itertools.islice(packing.stream(batches, rows, seed=config.seed), count):
-                batch, completion = shared.arrange(batch)
-                step, batch, now = step + 1, place(batch), trained.hyper(hyper, state)
-                if prepare is not None:
-                    batch, now = prepare(state._replace(params=trained.whole(state.params)), batch, frozen, now)
-                state, metrics = update(completion)(state, batch, trained.frozen(frozen), now)
-                if step % config.evaluate_every == 0 or step == config.steps:
-                    result = evaluate()  # before the reference moves: against itself a policy has no margins
-                    metrics |= result
-                if config.reference in ("soft", "hard", "ema") and step % pairwise.schedule(config)["every"] == 0:
-                    frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
-                run.log(step, metrics)
-    show("after", trained.whole(state.params), state.key)
-    trained.save(config.output, loaded, state.params, config.model)
-    result = {name: float(value) for name, value in result.items()}
-    accuracy = result["held_out/rewards/accuracies"]
-    error = (accuracy * (1 - accuracy) / len(held_out)) ** 0.5
-    print(f"held-out accuracy {accuracy:.3f} +- {error:.3f} over {len(held_out)} pairs; {config.output}")
+        start = {"state": state, "moments": (jnp.zeros(()),) * 2, "position": data.batching.Position()}
+        saved = run.resume(start | moving(config, frozen), unsaved=unsaved)
+        state, moments, done = (saved.pop(name) for name in start)
+        frozen, result = saved or frozen, run.latest("held_out/")
+        if run.step == 0:
+            show("before", trained.whole(state.params), state.key)
+            result = run.log(0, evaluate())
+        for step, begins, batch, position in training(config, packing, batches, pairs, run.step, done):
+            if begins:
+                frozen, state = next_stage(state, optimizer)
+            batch, completion = shared.arrange(batch)
+            batch, now = place(batch), trained.hyper(hyper, state)
+            if prepare is not None:
+                whole = state._replace(params=trained.whole(state.params))
+                batch, now, moments = prepare(whole, batch, frozen, now, moments)
+            state, metrics = update(completion)(state, batch, trained.frozen(frozen), now)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                result = evaluate()  # before the reference moves: against itself a policy has no margins
+                metrics |= result
+            if config.reference in ("soft", "hard", "ema") and step % pairwise.schedule(config)["every"] == 0:
+                frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
+            run.log(step, metrics)
+            run.save(step, {"state": state, "moments": moments, "position": position} | moving(config, frozen))
+        show("after", trained.whole(state.params), state.key)
+        trained.save(config.output, loaded, state.params, config.model)
+        result = run.finish(result)
+    common.print_accuracy(result["held_out/rewards/accuracies"], len(held_out), config.output)
     return result
 
 

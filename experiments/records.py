@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Container
@@ -61,7 +62,8 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
     if not resume or not folder.is_dir():
         advice = "; go on from it with --resume auto" if (folder / CONFIG).is_file() else ""
         raise ValueError(f"output folder {folder} exists and is not empty; name a new one, or remove it{advice}")
-    if {path.name for path in folder.iterdir()} == {LOCK}:  # killed before it wrote anything
+    begun = {LOCK, LINES, f"{LINES}.new", f"{CONFIG}.new"}
+    if {path.name for path in folder.iterdir()} <= begun:  # killed before it had written its Config
         return nothing
     take(folder).close()
     try:
@@ -135,6 +137,14 @@ def cut(folder: pathlib.Path, step: int) -> list[dict[str, Any]]:
             kept.append((line, entry))
     _replace(file, b"".join(line + b"\n" for line, _ in kept))
     return [entry for _, entry in kept]
+
+
+def cleared(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, to be written anew: what an earlier life of the run left of it, whole or in parts, is removed."""
+    if jax.process_index() == 0:
+        for left in (folder, *folder.parent.glob(f".{folder.name}.*")):
+            shutil.rmtree(left, ignore_errors=True)
+    return folder
 
 
 def write(file: pathlib.Path, content: Any) -> None:

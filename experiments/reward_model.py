@@ -9,7 +9,6 @@ column `preference` with which probability the chosen side is the preferred one.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import launch
 import numpy as np
 import packed
 import preference
+import records
 import running
 import tyro
 
@@ -158,6 +158,8 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     check(config, mesh)
     loaded = load_scored(config, mesh)
     checks.check_context(loaded, "limit", config.limit)
@@ -180,23 +182,25 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     def evaluate() -> dict[str, jax.Array]:
         everything = batches(held_out, seed=None, epochs=1)
         values = train.merge(measure(state.params, place(batch), None, hyper) for batch, _ in everything)
-        names = {"held_out/loss": "loss/pairs"} | {f"held_out/{n}": n for n in values if n.startswith("rewards/")}
-        return {new: values[old] for new, old in names.items()}
+        return common.held_out_metrics(values, loss="loss/pairs")
 
     with run:
-        result = run.log(0, evaluate())
-        stream = packing.stream(batches, pairs, seed=config.seed)
-        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
+        start = {"state": state, "position": data.batching.Position()}
+        saved = run.resume(start, unsaved={"pairs": pairs})
+        state, position, result = saved["state"], saved["position"], run.latest("held_out/")
+        if run.step == 0:
+            result = run.log(0, evaluate())
+        stream = packing.stream(batches, pairs, seed=config.seed, start=position)
+        for step, (batch, position) in zip(range(run.step + 1, config.steps + 1), stream):
             state, metrics = update(state, place(batch), None, hyper)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
-    result = {name: float(value) for name, value in result.items()}
-    accuracy = result["held_out/rewards/accuracies"]
-    error = (accuracy * (1 - accuracy) / len(held_out)) ** 0.5
-    print(f"held-out accuracy {accuracy:.3f} +- {error:.3f} over {len(held_out)} pairs; {config.output}")
+            run.save(step, {"state": state, "position": position})
+        hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)
+        result = run.finish(result)
+    common.print_accuracy(result["held_out/rewards/accuracies"], len(held_out), config.output)
     return result
 
 

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from alignax import train
 from alignax.io import checkpoint, digests
 
 PREEMPTED = 75
@@ -142,7 +143,8 @@ class Run:
         From here on SIGTERM and Ctrl-C let the next `save` save and end the run; a second Ctrl-C ends it at once.
 
         Args:
-          everything: what makes the next step, a dict of pytrees of arrays and numbers.
+          everything: what makes the next step, a dict of pytrees of arrays and numbers. Train states among them are
+            deleted when a checkpoint takes their place: both at once may not fit.
           unsaved: what else does, and is loaded by name when the run goes on: that it is the same will be checked.
 
         Raises:
@@ -152,7 +154,8 @@ class Run:
         self._unsaved = {name: digests.of_tree(tree) for name, tree in (unsaved or {}).items()}
         if self._options["resume"] == "auto":
             there = records.everywhere((self.folder / "checkpoints").exists)
-            found = checkpoint.restore(self._checkpoints(), everything) if there else None
+            states = [tree for tree in everything.values() if isinstance(tree, train.TrainState)]
+            found = checkpoint.restore(self._checkpoints(), everything, donate=states) if there else None
             if found is not None:
                 self._compare(found.about["unsaved"])
                 self.step, everything = found.step, found.trees

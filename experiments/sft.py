@@ -7,7 +7,6 @@ in the output folder: model/ (a Hugging Face folder), metrics.jsonl, TensorBoard
 """
 
 import dataclasses
-import itertools
 import pathlib
 from functools import partial
 from typing import Literal
@@ -133,6 +132,8 @@ def prompt_of(row: data.TokenRow) -> np.ndarray:
 def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     checks.check(config, mesh, rows=config.batch_size, parts=config.microbatches)
     check_objective(config)
     packed.check(config)
@@ -163,19 +164,24 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
         values = train.merge(measure(state.params, place(batch), trained.frozen()) for batch, _ in everything)
         return {"held_out/loss": values["loss/nll"], "held_out/accuracy": values["mean_token_accuracy"]}
 
-    show("before", trained.whole(state.params), state.key)
     with run:
-        result = run.log(0, evaluate())
-        stream = packing.stream(batches, rows, seed=config.seed)
-        for step, (batch, _) in enumerate(itertools.islice(stream, config.steps), start=1):
+        start = {"state": state, "position": data.batching.Position()}
+        saved = run.resume(start, unsaved={"base": trained.base, "rows": rows})
+        state, position, result = saved["state"], saved["position"], run.latest("held_out/")
+        if run.step == 0:
+            show("before", trained.whole(state.params), state.key)
+            result = run.log(0, evaluate())
+        stream = packing.stream(batches, rows, seed=config.seed, start=position)
+        for step, (batch, position) in zip(range(run.step + 1, config.steps + 1), stream):
             state, metrics = update(state, place(batch), trained.frozen(), trained.hyper({}, state))
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
             run.log(step, metrics)
-    show("after", trained.whole(state.params), state.key)
-    trained.save(config.output, loaded, state.params, config.model)
-    result = {name: float(value) for name, value in result.items()}
+            run.save(step, {"state": state, "position": position})
+        show("after", trained.whole(state.params), state.key)
+        trained.save(config.output, loaded, state.params, config.model)
+        result = run.finish(result)
     print(f"held-out loss {run.history['held_out/loss'][0][1]:.4f} -> {result['held_out/loss']:.4f}; {config.output}")
     return result
 

@@ -15,6 +15,7 @@ these functions, and the folder is one that all of them see; what is not an arra
 import hashlib
 import importlib.metadata
 import json
+import math
 import pathlib
 import time
 import warnings
@@ -31,6 +32,7 @@ from alignax.io.digests import digests
 Trees = Mapping[str, Any]
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _PLAIN = (bool, int, float, str)
+_CHUNK, _AT_ONCE = 2**24, 2**27  # bytes
 
 
 class Found(NamedTuple):
@@ -57,15 +59,18 @@ def open_manager(folder: str | pathlib.Path, *, keep: int = 2, best: str = "") -
 
     if keep < 1:
         raise ValueError(f"keep={keep}; expected at least 1 checkpoint")
+    folder = pathlib.Path(folder).absolute()
+    _check_metrics(folder)
     kept: list[Any] = [policies.LatestN(keep)]
     options: dict[str, Any] = {}
     if best:
-        options = {"best_fn": lambda metrics: metrics[best], "best_mode": "min" if best.endswith("loss") else "max"}
-        ranked = {"get_metric_fn": options["best_fn"], "reverse": options["best_mode"] == "min"}
-        kept.append(policies.BestN(**ranked, n=1, keep_checkpoints_without_metrics=False))
+        less = best.endswith("loss")
+        missing = math.inf if less else -math.inf  # a checkpoint between two evaluations is never the best
+        options = {"best_fn": lambda metrics: metrics.get(best, missing), "best_mode": "min" if less else "max"}
+        kept.append(policies.BestN(get_metric_fn=options["best_fn"], reverse=less, n=1))
     policy = policies.AnyPreservationPolicy(kept)
     return ocp.CheckpointManager(
-        pathlib.Path(folder).absolute(),
+        folder,
         options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **options),
     )
 
@@ -95,11 +100,15 @@ def save(
     described = {name: _describe(leaf) | {"digest": found.get(name)} for name, leaf in leaves.items()}
     content = {"versions": versions(), "leaves": described, "about": dict(about or {})}
     arrays = {name: array for name, array in arrays.items() if array.size}  # Orbax writes no empty ones
-    args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(arrays), content=ocp.args.JsonSave(_sealed(content)))
-    manager.save(step, args=args, metrics=dict(metrics) if metrics else None, force=True)
+    cut = {
+        name: ocp.SaveArgs(chunk_byte_size=_CHUNK) for name in arrays
+    }  # a reader decodes whole chunks, several at once
+    stored = ocp.args.PyTreeSave(arrays, save_args=cut)
+    args = ocp.args.Composite(arrays=stored, content=ocp.args.JsonSave(_sealed(content)))
+    manager.save(step, args=args, metrics=dict(metrics or {}), force=True)
 
 
-def restore(manager: Any, example: Trees) -> Found | None:
+def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
     """The newest checkpoint that is whole, None if there is none at all.
 
     Newer ones that are not whole are said, and moved to the folder `damaged` beside.
@@ -108,6 +117,8 @@ def restore(manager: Any, example: Trees) -> Found | None:
       manager: of `open_manager`.
       example: trees like those saved, whose structure and shardings the result has; arrays may be
         `jax.ShapeDtypeStruct`s.
+      donate: a pytree of those of the example's arrays that are deleted before the checkpoint's are read, so that both
+        are never in memory together.
 
     Warns:
       RuntimeWarning: when a newer checkpoint was passed over, with its folder and what is wrong with it.
@@ -124,6 +135,8 @@ def restore(manager: Any, example: Trees) -> Found | None:
         content, error = _attempt(lambda folder=folder: _unsealed(folder / "content" / "metadata"))
         if not error:
             _compare(folder, content["leaves"], _flatten(example))
+            for leaf in jax.tree.leaves(donate):
+                leaf.delete()
             leaves, error = _attempt(lambda folder=folder, content=content: _read(folder, content["leaves"], example))
         if not error:
             error = _changed(content["leaves"], leaves)
@@ -205,13 +218,28 @@ def _read(folder: pathlib.Path, saved: Mapping[str, Any], example: Trees) -> dic
     expected = _flatten(example)
     wanted = {name: leaf for name, leaf in expected.items() if not _is_plain(leaf) and np.prod(leaf.shape, dtype=int)}
     how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-    item = {name: 0 for name in wanted}
-    handler = ocp.PyTreeCheckpointHandler()
-    arrays = handler.restore(folder / "arrays", args=ocp.args.PyTreeRestore(item, restore_args=how)) if wanted else {}
+    handler, arrays = ocp.PyTreeCheckpointHandler(), {}
+    for names in _groups(wanted):  # what Orbax reads at once lies in the host's memory beside the devices'
+        args = {"item": dict.fromkeys(names, 0), "restore_args": {name: how[name] for name in names}}
+        arrays |= handler.restore(folder / "arrays", args=ocp.args.PyTreeRestore(**args, partial_restore=True))
     found = {}
     for name, leaf in expected.items():
         found[name] = saved[name]["value"] if _is_plain(leaf) else _placed(arrays.pop(name, leaf), leaf, saved[name])
     return found
+
+
+def _groups(leaves: Mapping[str, Any]) -> list[list[str]]:
+    """The names of arrays to read together, in order; a group of several has no more than `_AT_ONCE` bytes."""
+    groups: list[list[str]] = []
+    used = 0
+    for name, leaf in leaves.items():
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not groups or used + size > _AT_ONCE:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
 
 
 def _restore_args(leaf: Any) -> Any:
@@ -273,7 +301,8 @@ def _attempt(read: Any) -> tuple[Any, str]:
     try:
         found, error = read(), ""
     except Exception as problem:  # whatever damage makes a reader say
-        found, error = None, f"{type(problem).__name__}: {str(problem).strip()[:300]}"
+        said = str(problem).split(" [tensorstore_spec")[0].strip()  # of several hundred words
+        found, error = None, f"{type(problem).__name__}: {said[:300]}"
     if jax.process_count() > 1:
         failed = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(error))))
         error = error or (f"process {failed[0]} could not read it" if failed.size else "")
@@ -284,13 +313,27 @@ def _pass_over(manager: Any, wrong: Mapping[int, str], step: int) -> None:
     """Says what is wrong with newer checkpoints, and moves them out of the way of those to come."""
     folder = pathlib.Path(manager.directory)
     for bad, error in wrong.items():
-        message = (
-            f"CHECKPOINT DAMAGED: {folder / str(bad)}: {error}. Goes on from step {step}; see {folder / 'damaged'}"
-        )
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-        if jax.process_index() == 0:
-            (folder / "damaged").mkdir(exist_ok=True)
-            (folder / str(bad)).rename(folder / "damaged" / f"{bad}-{time.time_ns()}")
+        _set_aside(folder / str(bad), f"{error}; goes on from step {step}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("alignax.io.checkpoint")
     manager.reload()
+
+
+def _set_aside(folder: pathlib.Path, error: str) -> None:
+    damaged = folder.parent / "damaged"
+    if jax.process_index() == 0:
+        damaged.mkdir(exist_ok=True)
+        folder.rename(damaged / f"{folder.name}-{time.time_ns()}")
+    warnings.warn(f"CHECKPOINT DAMAGED, moved to {damaged}: {folder}: {error}", RuntimeWarning, stacklevel=4)
+
+
+def _check_metrics(folder: pathlib.Path) -> None:
+    """Sets checkpoints aside whose metrics cannot be read: Orbax reads them before anything is asked of it."""
+    if jax.process_index() == 0:
+        for file in folder.glob("*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())
+            except ValueError as error:
+                _set_aside(file.parents[1], f"its metrics: {error}")
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("alignax.io.checkpoint")
