@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import common
 import jax
+import policy_losses
 import rollouts
 
 from alignax import losses, models, sharding, train
@@ -46,7 +47,7 @@ def separate(config: Any, policy: hf.Loaded, critic: Model, critic_params: Param
     """A critic that is a network of its own, with an optimizer and a learning rate of its own."""
     optimizer = make_optimizer(config, config.learning_rate)
     critic_optimizer = make_optimizer(config, config.critic_learning_rate)
-    policy_loss = rollouts.POLICY_LOSSES[config.policy_loss]
+    policy_loss = policy_losses.POLICY_LOSSES[config.policy_loss]
     update = compile_update(config, ppo.make_loss(policy.model, policy_loss=policy_loss), optimizer)
     critic_loss = ppo.make_value_loss(critic, value_loss=value_loss(config))
     update_critic = compile_update(config, critic_loss, critic_optimizer)
@@ -73,7 +74,7 @@ def shared(config: Any, policy: hf.Loaded, mesh: jax.sharding.Mesh) -> Learner:
     """A policy that is its own critic: one body, one optimizer, one update for both."""
     model = models.with_score(policy.model)
     optimizer = make_optimizer(config, config.learning_rate)
-    options = {"policy_loss": rollouts.POLICY_LOSSES[config.policy_loss], "value_loss": value_loss(config)}
+    options = {"policy_loss": policy_losses.POLICY_LOSSES[config.policy_loss], "value_loss": value_loss(config)}
     loss_fn = ppo.make_shared_loss(model, **options, value_weight=config.value_weight)
     update = compile_update(config, loss_fn, optimizer)
     hyper, value_hyper = hyperparameters(config)
@@ -121,7 +122,7 @@ def hyperparameters(config: Any) -> tuple[dict, dict]:
     if config.penalty_weight is not None:  # a loss without a penalty has no such number
         flags["kl_weight"] = config.penalty_weight
     policy = {"temperature": config.temperature}
-    policy |= rollouts.policy_hyper(config.policy_loss, config.hyper, **flags)
+    policy |= policy_losses.hyperparameters(config.policy_loss, config.hyper, **flags)
     policy |= {"entropy_weight": config.entropy_weight} if config.entropy_weight else {}
     return policy, {"clip": config.value_clip} if config.value_clip else {}
 

@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import optax
+import policy_losses
 import rollouts
 import running
 import tyro
-from rollouts import POLICY_LOSSES, PolicyLoss
+from policy_losses import POLICY_LOSSES, PolicyLoss
 
-from alignax import advantages, corrections, layouts, losses, models, reduce, rewards, sharding, train
+from alignax import advantages, corrections, data, layouts, losses, models, reduce, rewards, sharding, train
 from alignax.algorithms import grpo
 from alignax.logprobs import token_logprobs
 from alignax.types import LossFn, Model
@@ -151,7 +152,7 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"unbiased_kl with --kl {config.kl}; expected k3, which the ratio makes unbiased")
     if config.epochs < 1 or config.minibatches < 1:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
-    rollouts.check_updates(config.policy_loss, config.epochs, config.minibatches)
+    policy_losses.check(config.policy_loss, config.epochs, config.minibatches)
     rollouts.check_options(config)
     adapters.check(config, moves=f"ema_rate={config.ema_rate}" if config.ema_rate else "")
     if not config.temperature > 0:
@@ -180,7 +181,7 @@ def hyperparameters(config: Config) -> dict[str, float]:
     own = {name: value for name, value in config.hyper.items() if not name.startswith(prefix)}
     if "kl_weight" in own:
         raise ValueError("hyper kl_weight: the reference's here; expected --kl-weight")
-    own = rollouts.policy_hyper(config.policy_loss, own, clip_low=config.clip_low, clip_high=config.clip_high)
+    own = policy_losses.hyperparameters(config.policy_loss, own, clip_low=config.clip_low, clip_high=config.clip_high)
     optional = {name: getattr(config, name) for name in ("entropy_weight", "off_policy_threshold")}
     optional = {name: value for name, value in optional.items() if value}
     return {"kl_weight": config.kl_weight, "temperature": config.temperature} | optional | own | of_correction
@@ -257,17 +258,57 @@ def advantages_of(name: str, grouped: jax.Array, mask: jax.Array) -> jax.Array:
     return found.reshape(-1, *found.shape[2:])
 
 
-def compare(config: Config, reward: np.ndarray, rows: Any, real: np.ndarray) -> tuple[jax.Array, jax.Array, dict]:
+def compare(config: Config, reward: Any, rows: Any, real: Any) -> tuple[jax.Array, jax.Array, dict]:
     """Advantages, weights of the rows, and metrics; what is not `real` only fills up an epoch's last batch."""
     grouped = jnp.where(real, reward, jnp.nan).reshape(-1, config.group)
     differ = jnp.repeat(advantages.informative_groups(grouped), config.group)
-    metrics = {"frac_reward_zero_std": 1 - jnp.mean(differ[real])}
-    weights = jnp.asarray(real) & differ if config.filter_groups else jnp.asarray(real)
+    metrics = {"frac_reward_zero_std": 1 - jnp.mean(differ, where=real)}
+    weights = real & differ if config.filter_groups else jnp.asarray(real)
     if config.overlong_cache:
         penalty = rewards.soft_overlong(rows.lengths, max_length=config.max_new_tokens, cache=config.overlong_cache)
         grouped += penalty.reshape(grouped.shape)
-        metrics["overlong_penalty"] = jnp.mean(penalty[real])
+        metrics["overlong_penalty"] = jnp.mean(penalty, where=real)
     return advantages_of(config.advantages, grouped, rows.mask), weights.astype(jnp.float32), metrics
+
+
+def make_learn(
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    trained: adapters.Adapters,
+    prompts: rollouts.Prompts,
+    mesh: jax.sharding.Mesh,
+) -> Callable[..., tuple[train.TrainState, dict[str, Any]]]:
+    """Makes `learn(state, reference, policy, weights, rows, reward, key) -> (state, metrics)`: a rollout's updates.
+
+    Its `weights` [P] are those of the prompts, 0 for what only fills up an epoch's last batch.
+    """
+    hyper, updates = hyperparameters(config), config.epochs * config.minibatches
+    together = completions_together(config, prompts, mesh)
+    update, logp = make_steps(config, model, optimizer, trained, together)
+    place, compared = partial(sharding.shard_batch, mesh=mesh), jax.jit(partial(compare, config))
+
+    def learn(state, reference, policy, weights, rows, reward, key):
+        reward, counted = place((reward, np.repeat(weights, config.group) > 0))
+        advantage, weights, spread = compared(reward, rows, counted)
+        rollout = grpo.Batch(
+            rows.tokens,
+            rows.segments,
+            rows.mask,
+            advantage,
+            # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
+            old_logp=None if updates == 1 else logp(policy, rows),
+            ref_logp=None if config.kl == "none" else logp(reference, rows),
+            weights=weights,
+            rollout_logp=None if config.correction == "none" else rows.logp,
+        )
+        parts, rollout = [], in_bundles(rollout, together)
+        for part in rollouts.passes(key, rollout, epochs=config.epochs, minibatches=config.minibatches):
+            state, metrics = update(state, place(part), trained.frozen(), trained.hyper(hyper, state))
+            parts.append(metrics)
+        return state, rollouts.mean_of(parts) | spread
+
+    return learn
 
 
 @launch.on_mesh
@@ -275,60 +316,54 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     """Runs the experiment and returns the last evaluation."""
     summands = [rollouts.rule(config.reward, 1.0)]
     run = running.Run(config, total=config.steps, show=SHOW, curves=CURVES)
+    if run.result is not None:
+        return run.result
     check_counts(config, mesh)
-    hyper = hyperparameters(config)
+    hyperparameters(config)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
     trained = adapters.arrange(config, loaded)
     prompts = rollouts.load_prompts(config, loaded)
-    updates = config.epochs * config.minibatches  # of one rollout
-    schedule = {"steps": config.steps * updates, "warmup": config.warmup, "schedule": config.schedule}
+    updates = config.steps * config.epochs * config.minibatches
+    schedule = {"steps": updates, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
     state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
-    together = completions_together(config, prompts, mesh)
-    update, logp = make_steps(config, loaded.model, optimizer, trained, together)
-    place, questions = partial(sharding.shard_batch, mesh=mesh), prompts.questions()
-    evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions)
+    learn = make_learn(config, loaded.model, optimizer, trained, prompts, mesh)
+    place, questions = partial(sharding.shard_batch, mesh=mesh), prompts.questions(sharding.row_devices(mesh))
+    evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions, mesh)
     record = rollouts.make_record(config, loaded, sampler)
+    position = data.batching.Position()
 
-    result, completions = evaluate(trained.whole(state.params))
-    common.print_samples("before", questions["prompts"][:4], completions[:4])
+    def everything() -> dict[str, Any]:
+        moving = {"reference": reference} if config.ema_rate else {}  # else it is the model as it was loaded
+        return {"state": state, "position": position, **moving}
+
     with run:
-        run.log(0, result)
-        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed)
-        for step in range(1, config.steps + 1):
+        saved = run.resume(everything(), unsaved={"model": loaded.params, "prompts": prompts[:2]})
+        state, position, reference = saved["state"], saved["position"], saved.get("reference", reference)
+        result, completions = evaluate(trained.whole(state.params))
+        if run.step == 0:
+            common.print_samples("before", questions["prompts"][:4], completions[:4])
+            run.log(0, result)
+        stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed, start=position)
+        for step in range(run.step + 1, config.steps + 1):
             sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
-            (asked, _), policy = next(stream), trained.whole(state.params)
+            (asked, position), policy = next(stream), trained.whole(state.params)
             rows = sampler.sample(policy, *place((asked["tokens"], asked["lengths"])), sample_key)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
             measured = record(step, policy, asked, rows, verdict)
-            counted = np.repeat(asked["weights"], config.group) > 0  # not the rows that fill up an epoch's last batch
-            advantage, weights, spread = compare(config, verdict.reward, rows, counted)
-            rollout = grpo.Batch(
-                rows.tokens,
-                rows.segments,
-                rows.mask,
-                advantage,
-                # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
-                old_logp=None if updates == 1 else logp(policy, rows),
-                ref_logp=None if config.kl == "none" else logp(reference, rows),
-                weights=weights,
-                rollout_logp=None if config.correction == "none" else rows.logp,
-            )
-            parts, rollout = [], in_bundles(rollout, together)
-            for part in rollouts.passes(order_key, rollout, epochs=config.epochs, minibatches=config.minibatches):
-                state, metrics = update(state, place(part), trained.frozen(), trained.hyper(hyper, state))
-                parts.append(metrics)
-            metrics = rollouts.mean_of(parts)
+            state, metrics = learn(state, reference, policy, asked["weights"], rows, verdict.reward, order_key)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= spread | measured
+            metrics |= measured
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(trained.whole(state.params))
                 metrics |= result
             run.log(step, metrics)
-    common.print_samples("after", questions["prompts"][:4], completions[:4])
-    trained.save(config.output, loaded, state.params, config.model)
+            run.save(step, everything())
+        common.print_samples("after", questions["prompts"][:4], completions[:4])
+        trained.save(config.output, loaded, state.params, config.model)
+        result = run.finish(result)
     before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
     print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
     return result

@@ -9,7 +9,7 @@ import pathlib
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import checks
 import common
@@ -17,18 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import data, losses, models, reduce, rewards, sampling, train
+from alignax import data, distributed, models, reduce, rewards, sampling, sharding, train
 from alignax.data import text
 from alignax.data.tokens import encode_texts
 from alignax.io import hf
 from alignax.logprobs import last_score, token_logprobs
 from alignax.types import Model, Params
 
-PolicyLoss = Literal[
-    "ppo_clip", "ppo_penalty", "ppo_hybrid", "reinforce", "reinforce_is_token", "reinforce_is_sequence", "rloo", "gspo",
-    "gspo_token", "cispo", "cispo_range", "gmpo", "sapo", "vespo", "luspo",
-]  # fmt: skip
-POLICY_LOSSES: dict[str, Callable] = {name: getattr(losses, name) for name in get_args(PolicyLoss)}
 REWARDS = {"last_number": rewards.last_number}
 
 
@@ -73,34 +68,6 @@ def find_function(flag: str, name: str, others: str = "") -> Callable:
     return found[function]
 
 
-def policy_hyper(name: str, hyper: Mapping[str, float], **flags: float | None) -> dict[str, float]:
-    """The numbers of a policy loss, from `--hyper` and flags of their own; None is as the loss was published.
-
-    They are tried once: inside an update they are traced, and the loss could refuse nothing.
-
-    Raises:
-      ValueError: for a name that the loss does not have, or a number that it refuses.
-    """
-    loss = POLICY_LOSSES[name]
-    found = checks.merge_hyper(hyper, flags, checks.keywords(loss), f"--policy-loss {name}")
-    x = -jnp.ones((2, 1))
-    loss(x, x, x, x != 0, **found)
-    return found
-
-
-def check_updates(name: str, epochs: int, minibatches: int) -> None:
-    """Refuses a loss that holds for samples of the policy as it is, where a rollout makes more than one update.
-
-    Raises:
-      ValueError: naming the loss and the updates.
-    """
-    if POLICY_LOSSES[name] is losses.reinforce and epochs * minibatches > 1:
-        raise ValueError(
-            f"--policy-loss {name} with epochs={epochs}, minibatches={minibatches}: it knows no ratio to the policy "
-            "that sampled; expected 1 of each, or reinforce_is_token"
-        )
-
-
 def check_options(config: Any) -> None:
     """Refuses at once what the sampler would refuse when all is loaded.
 
@@ -122,10 +89,10 @@ class Prompts(NamedTuple):
     held_out: list[data.TokenPrompt]
     batches: Callable[..., Iterator]
 
-    def questions(self) -> dict[str, Any]:
-        """All held-out prompts as one batch."""
-        ((batch, _),) = self.batches(self.held_out, batch_size=len(self.held_out), seed=None, epochs=1)
-        return batch
+    def questions(self, shares: int = 1) -> dict[str, Any]:
+        """All held-out prompts as one batch, filled up with prompts that weigh 0 to so many equal shares."""
+        size = len(self.held_out) + -len(self.held_out) % shares
+        return next(self.batches(self.held_out, batch_size=size, seed=None, epochs=1))[0]
 
 
 def load_prompts(config: Any, policy: hf.Loaded, *others: hf.Loaded) -> Prompts:
@@ -150,7 +117,10 @@ def load_prompts(config: Any, policy: hf.Loaded, *others: hf.Loaded) -> Prompts:
 
 
 class Part(NamedTuple):
-    """One summand of the reward. score: `(prompts, completions, samples, columns) -> [R]`, checked."""
+    """One summand of the reward. score: `(prompts, completions, samples, columns) -> [own]`, checked.
+
+    All but the samples are of the rows that this process looks after (`distributed.own_rows`), all where it is alone.
+    """
 
     name: str
     weight: float
@@ -163,7 +133,7 @@ def rule(name: str, weight: float) -> Part:
 
     def score(prompts, completions, samples, columns):
         del samples
-        return rewards.evaluate(reward, prompts, completions, columns)
+        return rewards.evaluate(reward, prompts, completions, columns) if prompts else np.zeros(0, np.float32)
 
     return Part("rule", weight, score)
 
@@ -189,7 +159,8 @@ def learned(folder: str, weight: float, tokenizer: Any, *, size: int, **options:
 
     def score(prompts, completions, samples, columns):
         del columns
-        found = common.to_host(last(loaded.params, (samples.tokens, samples.segments))).tolist()
+        found = common.to_host(last(loaded.params, (samples.tokens, samples.segments)))
+        found = found[distributed.own_rows(samples.tokens)].tolist()
 
         def reward_model(prompts, completions):
             return found
@@ -200,7 +171,10 @@ def learned(folder: str, weight: float, tokenizer: Any, *, size: int, **options:
 
 
 class Verdict(NamedTuple):
-    """What is said about R samples. reward: the weighted sum; parts: its summands by name, unweighted."""
+    """What is said about R samples. reward: the weighted sum; parts: its summands by name, unweighted.
+
+    completions: of the rows that this process looks after, all where it is alone.
+    """
 
     completions: Sequence[str]
     reward: np.ndarray
@@ -210,17 +184,29 @@ class Verdict(NamedTuple):
 def judge(
     summands: Sequence[Part], loaded: hf.Loaded, asked: dict, samples: sampling.Samples, group: int = 1
 ) -> Verdict:
-    """The texts of samples and their rewards, each with the prompt and the columns of its row."""
-    completions = text.decode(loaded.tokenizer, samples.tokens, samples.mask, eos_ids=loaded.eos_ids)
-    prompts = [prompt for prompt in asked["prompts"] for _ in range(group)]
-    rows = [row for row in asked["columns"] for _ in range(group)]
-    columns = {name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}}
-    if "truncated" in columns:
+    """The texts of samples and their rewards, each with the prompt and the columns of its row.
+
+    Each process decodes and judges the rows that it looks after, and then all know the rewards of all.
+    """
+    own = [int(row) // group for row in distributed.own_rows(samples.tokens)]
+    here = distributed.take_own_rows({name: getattr(samples, name) for name in ("tokens", "mask", "truncated")})
+    completions = text.decode(loaded.tokenizer, here["tokens"], here["mask"], eos_ids=loaded.eos_ids)
+    names = {name: None for row in asked["columns"] for name in row}
+    if "truncated" in names:
         raise ValueError("a column of the prompts is named 'truncated', which rewards are told of samples; rename it")
-    columns["truncated"] = common.to_host(samples.truncated).tolist()
-    parts = {part.name: part.score(prompts, completions, samples, columns) for part in summands}
+    columns = {name: [asked["columns"][i].get(name) for i in own] for name in names}
+    columns["truncated"] = here["truncated"].tolist()
+    prompts = [asked["prompts"][i] for i in own]
+    scores = {part.name: part.score(prompts, completions, samples, columns) for part in summands}
+    parts = distributed.join_rows(scores, samples.tokens)
     total = sum(part.weight * parts[part.name] for part in summands)
     return Verdict(completions, np.asarray(total, np.float32), parts)
+
+
+def all_texts(loaded: hf.Loaded, samples: sampling.Samples) -> list[str]:
+    """The completions of all rows, on every process: for what is printed or kept."""
+    tokens, mask = common.to_host((samples.tokens, samples.mask))
+    return text.decode(loaded.tokenizer, tokens, mask, eos_ids=loaded.eos_ids)
 
 
 def rows_at_once(config: Any) -> int:
@@ -271,7 +257,11 @@ def make_sample(config: Any, loaded: hf.Loaded, *, group: int = 1, mixed: bool =
         networks = sampling.rollout_params(networks)
         return params | networks if mixed else networks
 
-    return jax.jit(lambda params, *asked: sampling.generate(model, cast(params), *asked, **settings))
+    def sample(params: Params, *asked: jax.Array) -> sampling.Samples:
+        samples = sampling.generate(model, sharding.gathered(cast(params), models.RULES), *asked, **settings)
+        return jax.tree.map(lambda x: sharding.constrain(x, sharding.ROW_AXES), samples)
+
+    return jax.jit(sample)
 
 
 class Sampler(NamedTuple):
@@ -313,9 +303,9 @@ def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarra
     scores = {"reward": verdict.reward}
     if len(verdict.parts) > 1:
         scores |= {f"reward/{name}": x for name, x in verdict.parts.items()}
-    metrics = {name: x[counted].mean() for name, x in scores.items()}
-    metrics["reward/std"] = verdict.reward[counted].std()
-    return metrics | {"length": rows.lengths[counted].mean(), "truncated": rows.truncated[counted].mean()}
+    sizes = common.to_host({"length": rows.lengths, "truncated": rows.truncated})
+    metrics = {name: x[counted].mean() for name, x in {**scores, **sizes}.items()}
+    return metrics | {"reward/std": verdict.reward[counted].std()}
 
 
 def parity_metrics(report: sampling.ParityReport) -> dict[str, jax.Array]:
@@ -335,9 +325,15 @@ def save(
     row_ids: np.ndarray | None = None,
     **columns: Sequence,
 ) -> None:
-    """Writes a rollout of R samples where the Config wants it; rows that fill up an epoch's last batch weigh 0."""
-    if not config.save_rollouts or jax.process_index() != 0:
+    """Writes a rollout of R samples where the Config wants it; rows that fill up an epoch's last batch weigh 0.
+
+    All processes call this, and the first one writes. completions: of all rows, or as a Verdict has them.
+    """
+    samples = common.to_host(samples) if config.save_rollouts else samples
+    if not config.save_rollouts or not distributed.is_first():
         return
+    if len(completions) < len(rewards):
+        completions = all_texts(loaded, samples)
     group = len(rewards) // len(asked["lengths"])
     prompts = [row[:length] for row, length in zip(asked["tokens"], asked["lengths"])]
     texts = loaded.tokenizer.batch_decode(prompts, clean_up_tokenization_spaces=False)  # as the model saw them
@@ -373,21 +369,31 @@ def make_record(config: Any, loaded: hf.Loaded, sampler: Sampler) -> Callable[..
 
 
 def make_evaluate(
-    config: Any, loaded: hf.Loaded, sampler: Sampler, summands: Sequence[Part], asked: dict
+    config: Any,
+    loaded: hf.Loaded,
+    sampler: Sampler,
+    summands: Sequence[Part],
+    asked: dict,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
     """Makes `evaluate(params) -> (metrics, completions)`: one completion of each held-out prompt.
+
+    With a mesh its devices share the prompts, of which there are as many as divide (`Prompts.questions`).
 
     The metrics are the mean reward and its parts, KL to the model as it was loaded (k1, nats per completion), length
     and the fraction cut off. The key is the same every time, so that evaluations differ by the policy alone.
     """
-    key = jax.random.key(config.seed + 1)
+    key, counted = jax.random.key(config.seed + 1), asked["weights"] > 0
+    given = (asked["tokens"], asked["lengths"], counted)
+    tokens, lengths, counts = given if mesh is None else sharding.shard_batch(given, mesh)
+    moved = jax.jit(lambda new, old, mask, counts: reduce.sequence_sum(new - old, mask & counts[:, None]).value())
 
     def evaluate(params: Params) -> tuple[dict[str, float], Sequence[str]]:
-        rows = sampler.sample_one(params, asked["tokens"], asked["lengths"], key)
-        difference = sampler.logp(params, rows) - sampler.logp(loaded.params, rows)
+        rows = sampler.sample_one(params, tokens, lengths, key)
+        kl = moved(sampler.logp(params, rows), sampler.logp(loaded.params, rows), rows.mask, counts)
         verdict = judge(summands, loaded, asked, rows)
-        values = rollout_metrics(rows, verdict, np.ones(len(verdict.reward), bool))
-        values["kl"] = reduce.sequence_sum(difference, rows.mask).value()
-        return {f"held_out/{name}": float(value) for name, value in values.items()}, verdict.completions
+        values = rollout_metrics(rows, verdict, counted) | {"kl": kl}
+        texts = verdict.completions if jax.process_count() == 1 else all_texts(loaded, rows)
+        return {f"held_out/{name}": float(value) for name, value in values.items()}, texts
 
     return evaluate
