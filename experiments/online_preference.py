@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import launch
 import numpy as np
+import records
 import rollouts
 import running
 import tyro
@@ -339,8 +340,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
     draw, record = make_draw(config, loaded, players), make_record(config, loaded, players)
-    follow = jax.jit(train.ema)
-    questions = prompts.questions()
+    follow, questions = jax.jit(train.ema), prompts.questions()
     evaluate = make_evaluate(config, loaded, judge, questions)
 
     def everything() -> dict[str, Any]:  # what does not move is the model as it was loaded
@@ -361,8 +361,8 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             asked, position = next(stream)
             policies = {"policy": state.params, "reference": reference, "average": average}
             policies["mixture"] = {"policy": state.params, "reference": reference, "weight": weight}
-            rows = place((asked["tokens"], asked["lengths"]))
-            samples = draw(policies, rows, jax.random.fold_in(state.key, step))
+            rows, key = place((asked["tokens"], asked["lengths"])), jax.random.fold_in(state.key, step)
+            samples = draw(policies, rows, key)
             verdict = judge(asked, samples)
             counted = asked["weights"] > 0  # not the rows that fill up an epoch's last batch
             batch, measured = make_batch(config, players, samples, verdict.preferences, counted)
@@ -378,11 +378,12 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 metrics |= result
             run.log(step, metrics)
             run.save(step, everything())
-    common.print_samples("after", questions["prompts"][:4], completions[:4])
-    hf.save(config.output / "model", loaded.model, state.params, loaded.tokenizer)
+        common.print_samples("after", questions["prompts"][:4], completions[:4])
+        hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)
+        result = run.finish(result)
     before, after = run.history["held_out/win_rate"][0][1], result["held_out/win_rate"]
     print(f"win rate against the start {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
-    return run.finish(result)
+    return result
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ import experience
 import jax
 import jax.numpy as jnp
 import launch
+import policy_losses
+import records
 import rollouts
 import running
 import tyro
 from actor_critic import Learner, States
 from experience import Kept
-from rollouts import POLICY_LOSSES, PolicyLoss
+from policy_losses import POLICY_LOSSES, PolicyLoss
 
 from alignax import data, sharding
 from alignax.algorithms import ppo
@@ -186,7 +188,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError("penalty_target needs a penalty_weight above 0, which it multiplies")
     if config.penalty_weight is not None and "kl_weight" not in checks.keywords(POLICY_LOSSES[config.policy_loss]):
         raise ValueError(f"penalty_weight: {config.policy_loss} has no penalty; expected ppo_penalty or ppo_hybrid")
-    rollouts.check_updates(config.policy_loss, config.epochs, config.minibatches)
+    policy_losses.check(config.policy_loss, config.epochs, config.minibatches)
     rollouts.check_options(config)
     if (config.target_kl or config.penalty_weight is not None) and config.epochs * config.minibatches == 1:
         raise ValueError(
@@ -209,9 +211,13 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, kept: Kept) -> None:
     """model/, and critic/ where it is a network of its own; value_norm.json says in which units the critic speaks."""
-    hf.save(config.output / "model", loaded.model, learner.policy(states), loaded.tokenizer)
-    if config.critic != "shared":
-        hf.save(config.output / "critic", learner.critic_model, learner.critic(states), loaded.tokenizer)
+    networks = {
+        "model": (loaded.model, learner.policy(states)),
+        "critic": (learner.critic_model, learner.critic(states)),
+    }
+    for name, network in networks.items():
+        if name == "model" or config.critic != "shared":
+            hf.save(records.cleared(config.output / name), *network, loaded.tokenizer)
     if config.value_normalisation:
         units = {"mean": float(kept.values.mean), "variance": float(kept.values.variance)}
         (config.output / "value_norm.json").write_text(json.dumps(units) + "\n")
@@ -295,11 +301,12 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 metrics |= result
             run.log(step, metrics)
             run.save(step, everything())
-    common.print_samples("after", questions["prompts"][:4], completions[:4])
-    save(config, loaded, learner, states, kept)
+        common.print_samples("after", questions["prompts"][:4], completions[:4])
+        save(config, loaded, learner, states, kept)
+        result = run.finish(result)
     before, after = run.history["held_out/reward"][0][1], result["held_out/reward"]
     print(f"held-out reward {before:.3f} -> {after:.3f} at KL {result['held_out/kl']:.2f}; {config.output}")
-    return run.finish(result)
+    return result
 
 
 if __name__ == "__main__":
