@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -112,6 +113,7 @@ class Run:
         wanted = {"resume": self._options["resume"] == "auto", "accept": self._options["accept_changes"]}
         found = records.everywhere(lambda: records.inspect(self.folder, config, free=FREE, **wanted))
         self._changes: dict[str, Any] = found["changes"]
+        self._finished: int = found["step"]
         self.result: dict[str, float] | None = found["result"] if found["step"] >= total else None
         if self.result is not None:
             print(f"{self.folder}: finished at step {found['step']}, nothing is left to do")
@@ -157,10 +159,10 @@ class Run:
             states = [tree for tree in everything.values() if isinstance(tree, train.TrainState)]
             found = checkpoint.restore(self._checkpoints(), everything, donate=states) if there else None
             if found is not None:
-                self._compare(found.about["unsaved"])
+                self._compare(found)
                 self.step, everything = found.step, found.trees
-                if self._writes:
-                    print(f"{self.folder}: goes on from step {self.step}")
+            elif self._finished:
+                raise ValueError(f"{self.folder}: finished at step {self._finished}, without checkpoints to go on from")
             self._open()
         self._resumable = True
         self._listen()
@@ -174,11 +176,16 @@ class Run:
             )
         return self._manager
 
-    def _compare(self, before: Mapping[str, int]) -> None:
+    def _compare(self, found: checkpoint.Found) -> None:
+        """Says where the run goes on, and with which other libraries; refuses other data."""
+        before = found.about["unsaved"]
         changed = [name for name, digest in self._unsaved.items() if before.get(name, digest) != digest]
         if changed and not self._options["accept_changes"]:
             names = ", ".join(changed)
             raise ValueError(f"{self.folder}: begun with other {names}; expected the same, or --accept-changes")
+        other = {name: was for name, was in found.versions.items() if checkpoint.versions().get(name) != was}
+        if self._writes:
+            print(f"{self.folder}: goes on from step {found.step}" + (f", saved with {other}" if other else ""))
 
     def _listen(self) -> None:
         """Signals that ask the run to end; of several processes, JAX's runtime hears SIGTERM for all."""
@@ -245,7 +252,8 @@ class Run:
         if self._ending is not None:
             code, reason = self._ending
             self._settle()
-            print(f"{reason}: saved at step {step}; --resume auto goes on from there", file=sys.stderr)
+            if self._writes:
+                print(f"{reason}: saved at step {step}; --resume auto goes on from there", file=sys.stderr)
             raise SystemExit(code)
 
     def latest(self, prefix: str) -> dict[str, float]:
@@ -291,6 +299,8 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> dict[str, float]:
         """Records that nothing is left to do, and the last evaluation, which is returned as floats."""
         values = {name: float(value) for name, value in result.items()}
+        if (best := self._options["keep_best"]) and best not in self.history:
+            warnings.warn(f"keep_best={best!r}: no such metric; expected one of {sorted(self.history)}", stacklevel=2)
         if self._writes:
             records.write(self.folder / records.RESULT, {"step": self._total, "result": values})
         return values
@@ -300,9 +310,14 @@ class Run:
             signal.signal(number, handler)
         try:
             # After an error of one process, the others may never come to the end of what they save together.
-            if self._manager is not None and (kind is None or jax.process_count() == 1):
+            if self._manager is not None and (kind in (None, SystemExit) or jax.process_count() == 1):
                 self._settle()
                 self._manager.close()
+        except OSError as problem:
+            if kind is None:
+                raise
+            if not issubclass(kind, OSError):  # which was that of `save`
+                print(problem, file=sys.stderr)
         finally:
             self._close(failed=kind is not None)
 

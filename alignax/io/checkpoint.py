@@ -32,7 +32,7 @@ from alignax.io.digests import digests
 Trees = Mapping[str, Any]
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _PLAIN = (bool, int, float, str)
-_CHUNK, _AT_ONCE = 2**24, 2**27  # bytes
+_CHUNK, _AT_ONCE = 2**26, 2**27  # bytes
 
 
 class Found(NamedTuple):
@@ -41,6 +41,7 @@ class Found(NamedTuple):
     step: int
     trees: dict[str, Any]
     about: dict[str, Any]
+    versions: dict[str, str]
 
 
 def open_manager(folder: str | pathlib.Path, *, keep: int = 2, best: str = "") -> Any:
@@ -144,7 +145,7 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
             if wrong:
                 _pass_over(manager, wrong, step)
             trees = jax.tree.unflatten(jax.tree.structure(dict(example)), list(leaves.values()))
-            return Found(step, trees, content["about"])
+            return Found(step, trees, content["about"], content["versions"])
         wrong[step] = error
     if wrong:
         said = "".join(f"\n  {step}: {error}" for step, error in wrong.items())

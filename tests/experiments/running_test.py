@@ -1,14 +1,21 @@
 """What a run leaves in its folder, and how it goes on after it was killed."""
 
+import copy
 import dataclasses
 import json
+import os
 import pathlib
+import signal
 
 import common
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import running
+import watch
+
+from alignax.data.batching import Position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ def test_run_writes_everything(tmp_path, capfd):
 
 def test_run_ends_after_steps_left_out_in_a_row(tmp_path):
     with (
-        pytest.raises(FloatingPointError, match=r"step 8: skipped/in_a_row is 10, the limit is 10.*The last: loss 2\."),
+        pytest.raises(watch.Stop, match=r"step 8: skipped/in_a_row is 10, the limit is 10.*The last: loss 2\."),
         running.Run(Config(tmp_path / "out"), total=10) as run,
     ):
         run.log(7, {"loss": 2.0, "skipped/in_a_row": jnp.float32(9)})
@@ -91,3 +98,161 @@ def test_an_interrupted_run_keeps_its_curves(tmp_path):
         run.log(0, {"a": 1.0, "b": 2.0})
         raise KeyboardInterrupt
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+
+
+class Killed(Exception):
+    """What stands for the end of a process in the middle of a step."""
+
+
+def work(config, *, fail=0, at=None, data=(1, 2)):
+    """A script in small: a random walk that each step depends on, logged and saved; `at` is called in a step."""
+    run = running.Run(config, total=config.steps)
+    if run.result is not None:
+        return run.result
+    with run:
+        start = {"x": jnp.ones(3), "position": Position(), "key": jax.random.key(0)}
+        saved = run.resume(start, unsaved={"data": np.array(data)})
+        x, position, key = (saved[name] for name in start)
+        if run.step == 0:
+            run.log(0, {"held_out/loss": x.sum()})
+        for step in range(run.step + 1, config.steps + 1):
+            x = x * (1 + config.rate * jax.random.normal(jax.random.fold_in(key, step), (3,)))
+            position = Position(position.epoch + (position.batch == 1), 1 - position.batch)
+            if at is not None:
+                at(step, run)
+            run.log(step, {"loss": x.sum(), "epoch": position.epoch} | ({"bad": jnp.nan} if step == 2 else {}))
+            if step == fail:
+                raise Killed
+            run.save(step, {"x": x, "position": position, "key": key})
+        return run.finish({"loss": x.sum()})
+
+
+def files(folder):
+    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "result.json", "curves.png")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps that nothing disturbed; it has no checkpoints."""
+    config = Config(tmp_path_factory.mktemp("runs") / "whole", steps=6)
+    with pytest.warns(RuntimeWarning, match="bad = nan"):
+        result = work(config)
+    assert not (config.output / "checkpoints").exists()
+    return config, result
+
+
+def again(whole, tmp_path, **options):
+    """The same run in another folder, one that goes on."""
+    return dataclasses.replace(whole[0], output=tmp_path / "run", resume="auto", **options)
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_a_run_goes_on_to_the_same_bytes(whole, tmp_path, capfd):
+    config = again(whole, tmp_path, checkpoint_every=2)
+    with pytest.raises(Killed):
+        work(config, fail=5)
+    with (config.output / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 6, "lo')  # as a process that was killed may leave it
+    seen = {}
+    result = work(config, at=lambda step, run: seen.setdefault(step, copy.deepcopy(run.history)))
+    assert list(seen) == [5, 6] and [step for step, _ in seen[5]["loss"]] == [1, 2, 3, 4]
+    assert seen[5].keys() == {"loss", "epoch", "held_out/loss"}
+    assert result == whole[1] and files(config.output) == files(whole[0].output)
+    assert sorted(path.name for path in (config.output / "checkpoints").iterdir()) == ["4", "6"]
+    (resumed,) = json.loads((config.output / "config.json").read_text())["resumed"]
+    assert resumed["step"] == 4
+    printed = capfd.readouterr()
+    assert "goes on from step 4" in printed.out and "6/6" in printed.err
+    before = files(config.output)
+    assert work(config, at=lambda *_: pytest.fail("a step")) == result and files(config.output) == before
+    assert "finished at step 6, nothing is left to do" in capfd.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run(whole, tmp_path, number, capfd):
+    config, before = again(whole, tmp_path), signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        work(config, at=lambda step, _: step == 3 and os.kill(os.getpid(), number))
+    assert ended.value.code == running.PREEMPTED == 75 and signal.getsignal(number) is before
+    assert f"{number.name}: saved at step 3" in capfd.readouterr().err
+    assert work(config) == whole[1] and files(config.output) == files(whole[0].output)
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_a_second_interrupt_ends_the_run_at_once(whole, tmp_path):
+    def twice(step, _):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config = again(whole, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        work(config, at=twice)
+    assert not (config.output / "checkpoints").exists()
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_a_run_that_is_to_stop_saves(whole, tmp_path):
+    config = again(whole, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        work(config, at=lambda step, run: step == 4 and run.end(running.STOPPED, "enough"))
+    assert ended.value.code == running.STOPPED == 77
+    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["4"]
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_changes_are_named(whole, tmp_path):
+    config = again(whole, tmp_path, checkpoint_every=2)
+    with pytest.raises(Killed):
+        work(config, fail=3)
+    other = dataclasses.replace(config, rate=0.5, steps=8)
+    with pytest.raises(ValueError, match=r"rate was 0.1, is 0.5, steps was 6, is 8; .*--accept-changes"):
+        work(other)
+    with pytest.raises(ValueError, match=r"begun with other data; expected the same, or --accept-changes"):
+        work(config, data=(1, 3))
+    free = dataclasses.replace(config, output=config.output.rename(tmp_path / "moved"), keep=1, fsdp=2, watch_window=5)
+    with pytest.raises(Killed):
+        work(free, fail=4)
+    work(dataclasses.replace(other, output=free.output, accept_changes=True), data=(1, 3))
+    record = json.loads((free.output / "config.json").read_text())
+    assert record["config"]["rate"] == 0.5 and [x["step"] for x in record["resumed"]] == [2, 2]
+    assert record["resumed"][1]["changes"] == {"rate": [0.1, 0.5], "steps": [6, 8]}
+    assert len((free.output / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_what_no_run_goes_on_from(whole, tmp_path):
+    longer = dataclasses.replace(whole[0], steps=9, resume="auto", accept_changes=True)
+    before = files(whole[0].output)
+    with pytest.raises(ValueError, match="finished at step 6, without checkpoints"):
+        work(longer)
+    assert files(whole[0].output) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"no output folder of a run, config\.json cannot be read"):
+        work(Config(tmp_path, resume="auto"))
+    with pytest.raises(ValueError, match=r"exists and is not empty.*go on from it with --resume auto"):
+        work(whole[0])
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_a_folder_has_one_run_at_a_time(whole, tmp_path):
+    config = again(whole, tmp_path)
+
+    def second(step, _):
+        with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} of "):
+            work(config)
+
+    assert work(config, at=second) == whole[1]
+    assert work(config) == whole[1]  # nobody is in it now
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_the_best_is_kept(whole, tmp_path):
+    config = again(whole, tmp_path, checkpoint_every=1, keep=1, keep_best="loss")
+    work(config)
+    history = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()[1:]]
+    best = min(history, key=lambda line: line["loss"])["step"]
+    kept = sorted(path.name for path in (config.output / "checkpoints").iterdir())
+    assert kept == sorted({str(best), "6"})
+    with pytest.warns(UserWarning, match="keep_best='nothing': no such metric"):
+        work(dataclasses.replace(config, output=tmp_path / "other", keep_best="nothing"))
