@@ -9,11 +9,13 @@ import subprocess
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny programs spend their time in the compiler, not on the processor: half of it goes without optimisation, half of
-# the rest without fusion emitters, which only this version is asked to leave out (an unknown flag ends the process).
+# the rest without fusion emitters and without cutting every program into parts for as many threads, which only this
+# version is asked to leave out (an unknown flag ends the process).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
 import jax
