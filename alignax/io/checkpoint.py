@@ -219,7 +219,8 @@ def _read(folder: pathlib.Path, saved: Mapping[str, Any], example: Trees) -> dic
     expected = _flatten(example)
     wanted = {name: leaf for name, leaf in expected.items() if not _is_plain(leaf) and np.prod(leaf.shape, dtype=int)}
     how = {name: _restore_args(leaf) for name, leaf in wanted.items()}
-    handler, arrays = ocp.PyTreeCheckpointHandler(), {}
+    handler: Any = ocp.PyTreeCheckpointHandler()
+    arrays = {}
     for names in _groups(wanted):  # what Orbax reads at once lies in the host's memory beside the devices'
         args = {"item": dict.fromkeys(names, 0), "restore_args": {name: how[name] for name in names}}
         arrays |= handler.restore(folder / "arrays", args=ocp.args.PyTreeRestore(**args, partial_restore=True))
