@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
+import actors
 import adapters
 import checks
 import common
@@ -35,7 +36,7 @@ import running
 import tyro
 from policy_losses import POLICY_LOSSES, PolicyLoss
 
-from alignax import advantages, corrections, data, layouts, losses, models, reduce, rewards, sharding, train
+from alignax import advantages, ahead, corrections, data, layouts, losses, models, reduce, rewards, sharding, train
 from alignax.algorithms import grpo
 from alignax.logprobs import token_logprobs
 from alignax.types import LossFn, Model
@@ -56,7 +57,7 @@ CURVES = ("reward", "held_out/reward", "kl", "held_out/kl", "length", "entropy",
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(adapters.Options, rollouts.Options, running.Options):
+class Config(actors.Options, adapters.Options, rollouts.Options, running.Options):
     """Group-relative policy optimisation."""
 
     model: str
@@ -154,6 +155,7 @@ def check_counts(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise ValueError(f"epochs={config.epochs}, minibatches={config.minibatches}; expected at least 1 of each")
     policy_losses.check(config.policy_loss, config.epochs, config.minibatches)
     rollouts.check_options(config)
+    actors.check(config)
     adapters.check(config, moves=f"ema_rate={config.ema_rate}" if config.ema_rate else "")
     if not config.temperature > 0:
         raise ValueError(f"temperature={config.temperature}; expected a number above 0")
@@ -242,7 +244,7 @@ def make_steps(
     model = layouts.shared_prompt(model, **share) if together > 1 else model
     loss_fn = trained.loss(layouts.bundled(make_loss(config, model)))
     update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches)
-    return jax.jit(update, donate_argnums=0), make_logp(config, model, together)
+    return sharding.in_place(update), make_logp(config, model, together)
 
 
 def in_bundles(rows: Any, together: int) -> Any:
@@ -297,7 +299,7 @@ def make_learn(
             rows.mask,
             advantage,
             # by the trainer's arithmetic, not the sampler's; a rollout's only update needs none: its ratio is 1
-            old_logp=None if updates == 1 else logp(policy, rows),
+            old_logp=actors.old_logp(config, rows, None if updates == 1 else partial(logp, policy, rows)),
             ref_logp=None if config.kl == "none" else logp(reference, rows),
             weights=weights,
             rollout_logp=None if config.correction == "none" else rows.logp,
@@ -329,14 +331,17 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
     reference, follow, sampler = loaded.params, jax.jit(train.ema), rollouts.make_sampler(config, loaded)
     learn = make_learn(config, loaded.model, optimizer, trained, prompts, mesh)
-    place, questions = partial(sharding.shard_batch, mesh=mesh), prompts.questions(sharding.row_devices(mesh))
+    questions = prompts.questions(sharding.row_devices(mesh))
     evaluate = rollouts.make_evaluate(config, loaded, sampler, summands, questions, mesh)
     record = rollouts.make_record(config, loaded, sampler)
-    position = data.batching.Position()
+    stage = actors.make_stage(config, sampler, trained, state.params, prompts, mesh)
+    draw = actors.make_draw(config, sampler, stage, mesh)
+    position, queue = data.batching.Position(), ahead.Queue()
 
     def everything() -> dict[str, Any]:
         moving = {"reference": reference} if config.ema_rate else {}  # else it is the model as it was loaded
-        return {"state": state, "position": position, **moving}
+        under_way = actors.pack(stage, queue, actors.depth(config))
+        return {"state": state, "position": position, "rollouts": under_way, **moving}
 
     with run:
         saved = run.resume(everything(), unsaved={"model": loaded.params, "prompts": prompts[:2]})
@@ -346,16 +351,17 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             common.print_samples("before", questions["prompts"][:4], completions[:4])
             run.log(0, result)
         stream = prompts.batches(prompts.train, batch_size=config.prompts, seed=config.seed, start=position)
+        queue = actors.unpack(saved["rollouts"], stream)
         for step in range(run.step + 1, config.steps + 1):
-            sample_key, order_key = jax.random.split(jax.random.fold_in(state.key, step))
-            (asked, position), policy = next(stream), trained.whole(state.params)
-            rows = sampler.sample(policy, *place((asked["tokens"], asked["lengths"])), sample_key)
+            _, order_key = jax.random.split(jax.random.fold_in(state.key, step))
+            queue, (asked, position, rows), age = draw(queue, step - 1, state.params, stream)
+            policy = trained.whole(state.params)
             verdict = rollouts.judge(summands, loaded, asked, rows, config.group)
             measured = record(step, policy, asked, rows, verdict)
             state, metrics = learn(state, reference, policy, asked["weights"], rows, verdict.reward, order_key)
             if config.ema_rate > 0:
                 reference = follow(reference, state.params, rate=config.ema_rate)
-            metrics |= measured
+            metrics |= measured | age
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(trained.whole(state.params))
                 metrics |= result

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import actors
 import jax
 import peers
 
@@ -34,9 +35,9 @@ class Options:
 
 
 def make_mesh(config: Any) -> jax.sharding.Mesh:
-    """The mesh that a Config asks for, over all devices of all processes."""
+    """The mesh that a Config asks for, over all devices of all processes but those that only sample."""
     axes = {name: getattr(config, name) for name in sharding.AXES[1:]}
-    return sharding.make_mesh(data=-1, **axes)
+    return sharding.make_mesh(actors.learners(config), data=-1, **axes)
 
 
 def on_mesh(main: Callable) -> Callable[[Any], Any]:
