@@ -1,14 +1,16 @@
 """Which rows stand behind a number: found, and written out, only when there is something to say about it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignax import sampling, train
+from alignax import distributed, sampling, train
 from alignax.data import text
 from alignax.io import hf
 from alignax.logprobs import last_score, token_logprobs
@@ -50,48 +52,75 @@ def of_rollout(
     asked: Mapping[str, Any],
     samples: sampling.Samples,
     verdict: Any,
-    group: int = 1,
-    *,
-    logp: jax.Array | None = None,
+    sampler: Any = None,
+    params: Any = None,
+    whole: Callable[[Any], Params] | None = None,
 ) -> Rows:
-    """Samples as they were judged (`rollouts.Verdict`), a group for each prompt.
+    """Samples as they were judged, as many for each prompt: on several processes those that this one looks after.
 
-    logp: `[R, T]`, what the trainer says of their tokens.
+    Args:
+      asked: a batch of prompts.
+      samples: rows of them, those of a prompt behind one another.
+      verdict: `rollouts.Verdict`.
+      sampler: `rollouts.Sampler`, whose scorer says what the parameters that there are now make of the tokens.
+      params: those; all processes must then call this.
+      whole: makes a model's parameters of them; None: they are.
     """
-    mask, drawn, lengths = (np.asarray(jax.device_get(x)) for x in (samples.mask, samples.logp, samples.lengths))
-    rewards = np.asarray(verdict.reward, np.float64)
-    spread = np.repeat(rewards.reshape(-1, group).std(axis=1), group)
+    group = len(verdict.reward) // len(asked["prompts"])
+    own = distributed.own_rows(samples.tokens)
+    arrays = {"mask": samples.mask, "drawn": samples.logp, "length": samples.lengths}
+    if sampler is not None:
+        arrays["logp"] = sampler.logp(params if whole is None else whole(params), samples)
+    here = distributed.take_own_rows(arrays)
+    mask, drawn, rewards = here["mask"], here["drawn"], np.asarray(verdict.reward, np.float64)
     mean = np.where(mask, drawn, 0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
-    numbers = {"reward": rewards, "length": lengths, "logp": mean}
+    numbers = {"reward": rewards[own], "length": here["length"], "logp": mean}
     if group > 1:
-        numbers["spread"] = spread
-    if logp is not None:
-        numbers["gap"] = np.where(mask, np.abs(np.asarray(jax.device_get(logp)) - drawn), 0).max(axis=1)
-    prompts = [str(prompt) for prompt in asked["prompts"] for _ in range(group)]
-    names = [f"row {i}, prompt {i // group}" if group > 1 else f"row {i}" for i in range(len(rewards))]
-    return Rows(names, prompts, list(verdict.completions), numbers)
+        numbers["spread"] = np.repeat(rewards.reshape(-1, group).std(axis=1), group)[own]
+    if "logp" in here:
+        numbers["gap"] = np.where(mask, np.abs(here["logp"] - drawn), 0).max(axis=1)
+    prompts = [str(asked["prompts"][i // group]) for i in own]
+    return Rows([f"row {i}, prompt {i // group}" for i in own], prompts, list(verdict.completions), numbers)
 
 
-def of_batch(loaded: hf.Loaded, params: Params, batch: Mapping[str, Any], place: str) -> Rows:
-    """Rows of data that weigh something: tokens, segments, mask `[B, T]` or, a side of a pair a row, `[B, 2, T]`.
+def of_players(asked: Mapping[str, Any], samples: sampling.Samples, verdict: Any) -> Rows:
+    """The same of samples side by side, leaves [B, N, ...], judged by preferences [B, N, N]; in one process."""
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+    rewards = np.asarray(verdict.preferences).mean(axis=2).ravel()
+    completions = [text for texts in verdict.completions for text in texts]
+    return of_rollout(asked, flat, types.SimpleNamespace(reward=rewards, completions=completions))
+
+
+def of_batch(
+    loaded: hf.Loaded, params: Any, batch: Any, position: Any, whole: Callable[[Any], Params] | None = None
+) -> Rows:
+    """Rows of data that weigh something, a side of a pair for one row; packed ones by themselves.
 
     Their log-probabilities, a reward model's their scores, are taken anew, a row at a time, by the parameters there are
     now; not where several processes have the parameters.
 
     Args:
       loaded: the model and its tokenizer.
-      params: the model's.
-      batch: as `alignax.data.batches` collates it.
-      place: where the batch comes from, for the names.
+      params: the parameters.
+      batch: a mapping or a tuple with the fields tokens, segments, mask `[..., T]` and weights.
+      position: where the data stand behind it, for the names: a `data.batching.Position`.
+      whole: makes the model's parameters of `params`; None: they are.
     """
-    counted = np.flatnonzero(np.asarray(batch["weights"]) > 0)
-    tokens, segments, mask = (np.asarray(batch[name])[counted] for name in ("tokens", "segments", "mask"))
-    sides = ("",) if tokens.ndim == 2 else (", chosen", ", rejected")
+    fields = batch if isinstance(batch, Mapping) else batch._asdict()
+    arrays = common.to_host({name: fields[name] for name in ("tokens", "segments", "mask", "weights")})
+    weights, width = np.asarray(arrays["weights"]), arrays["tokens"].shape[-1]
+    counted = np.flatnonzero(weights.ravel() > 0)
+    rows = [
+        np.asarray(arrays[name]).reshape(weights.size, -1, width)[counted] for name in ("tokens", "segments", "mask")
+    ]
+    sides = ("",) if rows[0].shape[1] == 1 else (", chosen", ", rejected")
+    place = f"epoch {position[0]}, batch {position[1] - 1}" if isinstance(position, tuple) else str(position)
     names = [f"{place}, row {i}{side}" for i in counted for side in sides]
-    tokens, segments, mask = (x.reshape(-1, x.shape[-1]) for x in (tokens, segments, mask))
+    tokens, segments, mask = (x.reshape(-1, width) for x in rows)
+    mask = mask != 0
     numbers: dict[str, Any] = {"length": mask.sum(axis=1)}
     if jax.process_count() == 1:
-        name = "logp" if loaded.model.values is None else "score"
+        name, params = "logp" if loaded.model.values is None else "score", params if whole is None else whole(params)
         numbers[name] = jax.device_get(_scored(loaded.model)(params, (tokens, segments, mask)))
     before = (segments != 0) & (np.cumsum(mask, axis=1) == 0)
     prompts, completions = (text.decode(loaded.tokenizer, tokens, on) for on in (before, mask))

@@ -69,6 +69,10 @@ class Options:
     """Logged steps that make "the start", and that a change of length and reward is averaged over."""
 
 
+_OFF: dict[str, Any] = dict.fromkeys(SIGNS, Bound(0))
+_BARE = Options(**_OFF)
+
+
 class Stop(Exception):
     """A bound that was to end the run has been crossed; the message says which and why."""
 
@@ -110,7 +114,7 @@ def act(
     """Warns of what `check` finds, and raises where a bound says stop. On several processes all call it, one speaks.
 
     Args:
-      config: whose bounds count; the defaults where it has none.
+      config: whose bounds count; where it has none, only updates that were left out and numbers that are none.
       history, step, values: as in `check`.
       rows: gives the `suspects.Rows` of this step; called only when there is something to say of them.
 
@@ -120,7 +124,7 @@ def act(
     Raises:
       Stop: with the texts of all findings that stop.
     """
-    found = check(config if isinstance(config, Options) else Options(), history, step, values)
+    found = check(config if isinstance(config, Options) else _BARE, history, step, values)
     if not found:
         return
     known = None if rows is None else rows()

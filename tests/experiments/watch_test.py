@@ -228,9 +228,10 @@ def test_numbers_of_a_rollout():
     rng = np.random.default_rng(2)
     mask = np.arange(6) >= np.array([[2], [3], [2], [6]])  # the last completion is empty
     drawn, logp = (np.where(mask, rng.normal(size=(4, 6)), np.nan) for _ in range(2))
-    samples = types.SimpleNamespace(mask=mask, logp=drawn, lengths=mask.sum(axis=1))
+    samples = types.SimpleNamespace(tokens=np.zeros((4, 6)), mask=mask, logp=drawn, lengths=mask.sum(axis=1))
     verdict = types.SimpleNamespace(reward=np.array([1.0, 3.0, 2.0, 2.0], np.float32), completions=["a", "b", "c", ""])
-    rows = suspects.of_rollout({"prompts": ["p", "q"]}, samples, verdict, 2, logp=logp)
+    scorer = types.SimpleNamespace(logp=lambda params, rows: params * logp)
+    rows = suspects.of_rollout({"prompts": ["p", "q"]}, samples, verdict, scorer, 4.0, lambda params: params / 4)
     assert rows.names[2:] == ["row 2, prompt 1", "row 3, prompt 1"] and rows.prompts == ["p", "p", "q", "q"]
     expected = {
         "reward": [1, 3, 2, 2],
@@ -249,7 +250,7 @@ def test_rows_of_data_have_their_texts_and_the_log_probabilities_of_now(tiny_fol
     texts = [("ab", "cde"), ("q", "xyz!")]
     rows = [encode(example=data.Example(f"a:{i}", *pair, {})) for i, pair in enumerate(texts)]
     batch = data.batching.supervised([*rows, rows[0]], np.array([1.0, 1, 0]), width=12)  # the last one is a filler
-    found = suspects.of_batch(loaded, loaded.params, batch, "epoch 0, batch 3")
+    found = suspects.of_batch(loaded, loaded.params, batch, data.batching.Position(0, 4))
     assert found.names == ["epoch 0, batch 3, row 0", "epoch 0, batch 3, row 1"]
     assert list(found.prompts) == ["ab", "q"] and list(found.completions) == ["cde", "xyz!"]
     logits = loaded.model.logits(
