@@ -87,6 +87,24 @@ def born_sharded(fn: Callable, mesh: Mesh, rules: Rules, *, host: str | None = N
     return call
 
 
+def in_place(update: Callable) -> Callable:
+    """`update(state, ...) -> state, ...` compiled; the new state lies where the old one lay, which is donated.
+
+    Without being told, XLA may leave a parameter as the last computation had it: on a mesh whose attention exchanges
+    tokens for heads, in other shards than the rules gave it. The next call would compile another program, and a run
+    that goes on from a checkpoint, whose state lies by the rules, would not come to the same bits.
+    """
+    compiled: list[Callable] = []
+
+    def call(state: Any, *args: Any) -> Any:
+        if not compiled:
+            where = jax.tree.map(lambda x: x.sharding, state)
+            compiled.append(jax.jit(update, donate_argnums=0, out_shardings=(where, None)))
+        return compiled[0](state, *args)
+
+    return call
+
+
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """Inside `jax.jit`: `x` split over the mesh in effect (`jax.set_mesh`), one entry an axis of `x`; else as it is.
 

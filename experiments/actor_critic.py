@@ -108,7 +108,7 @@ def make_optimizer(config: Any, learning_rate: float) -> Any:
 
 def compile_update(config: Any, loss_fn: Callable, optimizer: Any) -> Callable:
     """The update of one network; the state it is given is donated."""
-    return jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    return sharding.in_place(train.make_update(loss_fn, optimizer, microbatches=config.microbatches))
 
 
 def value_loss(config: Any) -> Callable[..., Array]:

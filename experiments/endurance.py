@@ -9,6 +9,7 @@ Results in the output folder: endurance.md, one line a trial, and logs/ with wha
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import sys
@@ -20,11 +21,33 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments")]
 
+import big_folder  # noqa: E402
 import common  # noqa: E402
 import restarts  # noqa: E402
 import trials  # noqa: E402
 import tyro  # noqa: E402
 
+
+def on_meshes(work: trials.Work, algorithm: str) -> str:
+    """An algorithm on every mesh of eight simulated devices: see meshes.py."""
+    output = work.folder / "runs" / f"meshes-{algorithm}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    options = {"output": output, "algorithms": (algorithm,), **work.options}
+    restarts.finish(restarts.Job("meshes", options, {"XLA_FLAGS": flags}), output.with_suffix(".log"), seconds=10_000)
+    found = json.loads(output.read_text())
+    assert not found["failed"], found["failed"]
+    held = ", ".join(f"{size} of {n}" for n, size in sorted(found["bytes"].items(), key=lambda item: int(item[0])))
+    return f"{found['meshes']} meshes, losses within {found['apart']:.0e}; state's bytes of a device: {held}"
+
+
+def big(work: trials.Work, source: Any) -> str:
+    """A model larger than half of what a process may take, loaded onto a mesh."""
+    del work
+    return big_folder.main(big_folder.Config(sources=(source,)))[0]
+
+
+PROBLEMS = ("sft", "dpo", "kto", "reward_model", "grpo", "dapo", "ppo", "ppo_critic", "ppo_shared")  # tests/problems.py
 FIRST = ("sft", "dpo", "reward_model", "kto", "grpo", "ppo", "online dpo")  # one of each script
 TRIALS: dict[str, tuple[Callable[[trials.Work, str], str], tuple[str, ...]]] = {
     "killed": (trials.killed, tuple(trials.CASES)),
@@ -33,6 +56,9 @@ TRIALS: dict[str, tuple[Callable[[trials.Work, str], str], tuple[str, ...]]] = {
     "damaged": (trials.damaged, ("sft",)),
     "starved": (trials.starved, ("sft",)),
     "occupied": (trials.occupied, ("sft",)),
+    "bereaved": (trials.bereaved, ("sft", "dpo", "grpo")),
+    "meshes": (on_meshes, (*PROBLEMS, "mixture")),
+    "big": (big, ("folder", "checkpoint")),
 }
 
 
@@ -45,7 +71,7 @@ class Config:
     trials: tuple[str, ...] = tuple(TRIALS)
     """Which trials."""
     cases: tuple[str, ...] = ()
-    """Only these cases, where a trial has them."""
+    """Only these cases of the trials; each has its own, see `TRIALS`."""
     kills: int = 20
     """Kills of each run that is killed."""
     seed: int = 0
@@ -67,8 +93,9 @@ def attempt(work: trials.Work, trial: str, case: str) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     """Runs the trials and prints the table; exits with 1 when one failed."""
-    if unknown := {*config.trials} - TRIALS.keys() or {*config.cases} - trials.CASES.keys():
-        raise ValueError(f"unknown {sorted(unknown)}; expected trials of {list(TRIALS)}, cases of {list(trials.CASES)}")
+    known = {case for _, cases in TRIALS.values() for case in cases}
+    if unknown := {*config.trials} - TRIALS.keys() or {*config.cases} - known:
+        raise ValueError(f"unknown {sorted(unknown)}; expected trials of {list(TRIALS)}, cases of {sorted(known)}")
     work = trials.Work(config.output.absolute(), config.seed, config.kills)
     trials.write_inputs(work.folder / "inputs")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -78,7 +105,7 @@ def main(config: Config) -> None:
     rows = []
     for trial in config.trials:
         for case in TRIALS[trial][1]:
-            if case in (config.cases or trials.CASES):
+            if case in (config.cases or known):
                 rows.append(attempt(work, trial, case))
                 print(" | ".join(str(cell) for cell in rows[-1].values()), flush=True)
     table = common.table(rows)

@@ -27,6 +27,7 @@ import optax
 import packed
 import records
 import running
+import suspects
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -185,7 +186,7 @@ def make_steps(
     update = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
     measure_kl = make_statistics(model) if config.loss == "kto" else None
     measures = jax.jit(train.make_measure(make_loss(model))), None if measure_kl is None else jax.jit(measure_kl)
-    return jax.jit(update, donate_argnums=0), *measures
+    return sharding.in_place(update), *measures
 
 
 @launch.on_mesh
@@ -243,7 +244,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_batch, loaded, state.params, batch, position))
             run.save(step, {"state": state, "position": position, "hyper": hyper, "seen": seen})
         show("after", state.params, state.key)
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)

@@ -34,6 +34,7 @@ import numpy as np
 import records
 import rollouts
 import running
+import suspects
 import tyro
 
 from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
@@ -338,7 +339,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     reference, average, weight = loaded.params, loaded.params, jnp.asarray(config.mixture)
     position = data.batching.Position(0, 0)
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
-    update, place = jax.jit(update, donate_argnums=0), partial(sharding.shard_batch, mesh=mesh)
+    update, place = sharding.in_place(update), partial(sharding.shard_batch, mesh=mesh)
     draw, record = make_draw(config, loaded, players), make_record(config, loaded, players)
     follow, questions = jax.jit(train.ema), prompts.questions()
     evaluate = make_evaluate(config, loaded, judge, questions)
@@ -376,7 +377,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_players, asked, samples, verdict))
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)

@@ -33,6 +33,7 @@ import packed
 import pairwise
 import running
 import sharing
+import suspects
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -258,7 +259,7 @@ def make_steps(
         network = sharing.network(model, completion)
         loss_fn, statistics = (trained.loss(packing.loss(f, network, sides=2)) for f in (make_loss, make_statistics))
         found = train.make_update(loss_fn, optimizer, microbatches=config.microbatches, statistics=statistics)
-        return jax.jit(found, donate_argnums=0)
+        return sharding.in_place(found)
 
     loss_fn, statistics = (trained.loss(make(model)) for make in (make_loss, make_statistics))
     measure = train.make_measure(loss_fn, statistics=statistics)
@@ -360,7 +361,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 metrics |= result
             if config.reference in ("soft", "hard", "ema") and step % pairwise.schedule(config)["every"] == 0:
                 frozen = {"reference": follow(frozen["reference"], state.params, state.step)}
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_batch, loaded, state.params, batch, position, trained.whole))
             run.save(step, {"state": state, "moments": moments, "position": position} | moving(config, frozen))
         show("after", trained.whole(state.params), state.key)
         trained.save(config.output, loaded, state.params, config.model)

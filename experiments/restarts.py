@@ -114,14 +114,14 @@ def start(job: Job, log: pathlib.Path) -> Life:
     return Life(job, log, process, began)
 
 
-def finish(job: Job, log: pathlib.Path) -> Life:
+def finish(job: Job, log: pathlib.Path, seconds: float = 600) -> Life:
     """Runs a job to its end.
 
     Raises:
       RuntimeError: when it fails, with the last of what it said.
     """
     life = start(job, log)
-    if life.wait():
+    if life.wait(seconds):
         raise RuntimeError(f"{job.script} ended with {life.code}:\n{life.said()[-4000:]}")
     return life
 

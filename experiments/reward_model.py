@@ -23,6 +23,7 @@ import packed
 import preference
 import records
 import running
+import suspects
 import tyro
 
 from alignax import data, models, sharding, train
@@ -173,7 +174,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     hyper = {"centering_weight": config.centering_weight}
     loss_fn = reward_model.make_loss(loaded.model)
     packed_loss = packing.loss(reward_model.make_loss, loaded.model, sides=2)
-    update = jax.jit(train.make_update(packed_loss, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    update = sharding.in_place(train.make_update(packed_loss, optimizer, microbatches=config.microbatches))
     measure = jax.jit(train.make_measure(loss_fn))
 
     def place(batch):
@@ -196,7 +197,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_batch, loaded, state.params, batch, position))
             run.save(step, {"state": state, "position": position})
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)
         result = run.finish(result)

@@ -20,6 +20,7 @@ import launch
 import numpy as np
 import packed
 import running
+import suspects
 import tyro
 
 from alignax import data, losses, models, sharding, train
@@ -151,7 +152,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     optimizer = common.optimizer_of(config)
     state = common.create_state(trained.initial(loaded.params), optimizer, mesh, models.RULES, seed=config.seed)
     loss_fn = trained.loss(packing.loss(partial(make_loss, config), loaded.model))
-    update = jax.jit(train.make_update(loss_fn, optimizer, microbatches=config.microbatches), donate_argnums=0)
+    update = sharding.in_place(train.make_update(loss_fn, optimizer, microbatches=config.microbatches))
     likelihood = trained.loss(sft.make_loss(loaded.model))  # whatever is trained on
     measure = jax.jit(train.make_measure(likelihood))
     show = common.make_show(loaded, [prompt_of(row) for row in held_out[:4]])
@@ -177,7 +178,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result = evaluate()
                 metrics |= result
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_batch, loaded, state.params, batch, position, trained.whole))
             run.save(step, {"state": state, "position": position})
         show("after", trained.whole(state.params), state.key)
         trained.save(config.output, loaded, state.params, config.model)

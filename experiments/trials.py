@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 import zlib
@@ -21,6 +23,8 @@ import restarts
 import running
 from restarts import Job, Life
 from tiny_folder import save_tiny_model  # pyright: ignore[reportMissingImports]
+
+from alignax import sharding
 
 REWARDS = """
 def vowels(prompts, completions, **_):
@@ -41,6 +45,7 @@ CONTROLLED = {"kl_target": 0.1, "target_kl": 0.05, "entropy_weight": 0.01, "entr
 # Every script, with the options that have a state of their own: name -> script, kind of rows, options.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "texts", {}),
+    "sft, four devices": ("sft", "texts", {"fsdp": 2, "sequence": 2}),
     "sft, packed, LoRA dropout": ("sft", "texts", {"pack": 128, "lora_rank": 2, "lora_dropout": 0.2}),
     "dpo": ("preference", "pairs", {"microbatches": 2}),
     "dpo, reference ema": ("preference", "pairs", {"reference": "ema"}),
@@ -99,10 +104,13 @@ class Work:
     def job(self, case: str, name: str, **options: Any) -> Job:
         """A case's run into a folder of its own, which must be new; it saves every other step."""
         script, rows, own = CASES[case]
-        found = ALL | ROWS[rows] | own | {"resume": "auto", "checkpoint_every": 2} | self.options | options
+        given = ALL | ROWS[rows] | own | {"resume": "auto", "checkpoint_every": 2} | self.options | options
         inputs = self.folder / "inputs"
-        found = {key: str(x).format(inputs) if isinstance(x, str) else x for key, x in found.items()}
-        return Job(script, found).into(self.folder / "runs" / f"{_plain(case)}-{name}")
+        found: dict[str, Any] = {key: x.format(inputs) if isinstance(x, str) else x for key, x in given.items()}
+        devices = math.prod(found.get(axis, 1) for axis in sharding.AXES)
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment = {"XLA_FLAGS": flags} if devices > 1 else {}
+        return Job(script, found, environment).into(self.folder / "runs" / f"{_plain(case)}-{name}")
 
     def log(self, job: Job) -> pathlib.Path:
         """The file for what the next life of a job prints."""
@@ -310,6 +318,35 @@ def occupied(work: Work, case: str) -> str:
     assert life.wait() == 0, life.said()[-4000:]
     work.same(case, job)
     return second.said().strip().splitlines()[-1].removeprefix("ValueError: ").replace(str(work.folder), "")
+
+
+def bereaved(work: Work, case: str) -> str:
+    """Of two processes one is killed: the other ends within a minute with 76; then both, to the end."""
+    alone, rng = pair(work, case, "two, alone"), work.rng(case, "bereaved")
+    for life in alone:
+        assert life.wait() == 0, life.said()[-4000:]
+    lives = pair(work, case, "two, killed")
+    folder, step, victim = lives[0].job.output, int(rng.integers(3, 10)), int(rng.integers(2))
+    assert lives[victim].until(lambda: restarts.lines(folder) > step), lives[0].said()[-4000:]
+    lives[victim].kill()
+    began = time.monotonic()
+    code = lives[1 - victim].wait(60)
+    seconds, said = time.monotonic() - began, lives[1 - victim].said()
+    assert code == running.PEER_LOST and "another process died" in said, f"ended with {code}:\n{said[-4000:]}"
+    for life in pair(work, case, "two, killed"):
+        assert life.wait() == 0, life.said()[-4000:]
+    found = restarts.differences(alone[0].job.output, folder)
+    assert not found, f"{folder} differs from the run of two processes left alone in {found}"
+    return f"process {victim} killed at step {step}; the other: exit {code} after {seconds:.0f} s"
+
+
+def pair(work: Work, case: str, name: str) -> list[Life]:
+    """A run as two processes, started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    together = {"coordinator": where, "processes": 2}
+    return [work.start(work.job(case, name, **together, process=number)) for number in range(2)]
 
 
 def repeated(work: Work, case: str) -> str:
