@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[Any, ...]]  # (regex, PartitionSpec, and others for leaves that do not divide by it)
@@ -31,6 +32,8 @@ HEAD_AXES = ("tensor", "sequence")  # of attention, which wants whole rows
 def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     """A mesh with named axes over all devices: `make_mesh(data=-1, tensor=2)`; one size may be -1, for what is left.
 
+    The neighbours along the last axes talk most (see `AXES`); on TPUs they are neighbours on the chips' torus.
+
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
     """
@@ -39,6 +42,8 @@ def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     sizes = [len(devices) // known if size == -1 else size for size in axes.values()]
     if math.prod(sizes) != len(devices):
         raise ValueError(f"make_mesh: axes {axes} do not multiply to {len(devices)} devices")
+    if devices[0].platform == "tpu":
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), tuple(axes))
     return Mesh(np.array(devices).reshape(sizes), tuple(axes))
 
 
