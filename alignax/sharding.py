@@ -10,6 +10,7 @@ What is used once an update, optimizer state and a reference's parameters, may l
 fetches frozen parameters. See https://docs.jax.dev/en/latest/notebooks/host-offloading.html.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -42,9 +43,11 @@ def make_mesh(devices: Sequence[Any] | None = None, **axes: int) -> Mesh:
     sizes = [len(devices) // known if size == -1 else size for size in axes.values()]
     if math.prod(sizes) != len(devices):
         raise ValueError(f"make_mesh: axes {axes} do not multiply to {len(devices)} devices")
+    grid = np.array(devices).reshape(sizes)
     if devices[0].platform == "tpu":
-        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), tuple(axes))
-    return Mesh(np.array(devices).reshape(sizes), tuple(axes))
+        with contextlib.suppress(NotImplementedError, ValueError, AssertionError):  # a torus that it cannot divide so
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, tuple(axes))
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules, *, host: str | None = None) -> Any:
