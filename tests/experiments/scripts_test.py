@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -571,11 +572,15 @@ def test_preference_refuses_data_without_pairs(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["sft", "preference", "grpo", "reward_model", "ppo"])
-def test_help_explains_every_field(script, tracked):
+def test_help_explains_every_field(script, tracked, monkeypatch, capsys):
     path = next(name for name in tracked if name == f"experiments/{script}.py")
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, env={"COLUMNS": "200"})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(path, run_name="__main__")  # as `python PATH --help` does, but for the start of a process
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
     module = importlib.import_module(script)
     for field in module.Config.__dataclass_fields__:
-        assert f"--{field.strip('_').replace('_', '-')}" in done.stdout
-    assert "(required)" in done.stdout
+        assert f"--{field.strip('_').replace('_', '-')}" in printed
+    assert "(required)" in printed
