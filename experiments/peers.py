@@ -24,11 +24,12 @@ PEER_LOST = 76
 GRACE = 10.0
 """Seconds in which the others may end the same way, when this process ends by an error of its own."""
 
-# What collectives, or whatever else asks the others, say when one of them does not answer.
+# What a collective, or whatever else asks the others, says when one of them does not answer: XLA's status, in an
+# exception of any type, and a reason that only others can give.
 _LOST = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket closed|coordination|heartbeat|barrier"
-    r"|unavailable:|deadline_exceeded:|peer",
-    re.IGNORECASE,
+    r"^(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): .*"
+    r"(gloo|nccl|connection|socket|broken pipe|coordination|heartbeat|barrier|peer)",
+    re.IGNORECASE | re.DOTALL,
 )
 _WHAT_TO_DO = "Start all processes again with --resume auto: they go on from the last checkpoint."
 
@@ -54,7 +55,7 @@ def watching() -> Iterator[None]:
 def _lost(error: BaseException | None) -> str:
     """What a collective, or another talk with the others, said when it failed; empty when something else did."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
+        if _LOST.search(str(error)):
             return str(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return ""
