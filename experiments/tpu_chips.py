@@ -1,5 +1,6 @@
 """TPU chips by numbers, and the shortest time that a program can take on one: the resource that it keeps busiest."""
 
+import math
 from typing import NamedTuple
 
 from hlo import Computation, Instruction
@@ -60,13 +61,17 @@ def chip_of(topology: str) -> Chip:
 
 
 def roofline(costs: Costs, chip: Chip) -> Roofline:
+    """The time of each resource for what a program costs; see `times`."""
+    return times(chip, flops=costs.flops, moved=costs.read_written, sent=sum(costs.sent().values()))
+
+
+def times(chip: Chip, *, flops: float, moved: float, sent: float) -> Roofline:
     """The time of each resource, as in "Roofline", Williams et al. (https://doi.org/10.1145/1498765.1498785).
 
     The interconnect is taken to run one ring at a time, in both directions of one dimension of the torus: a mesh axis
     over several dimensions has more.
     """
-    sent = sum(costs.sent().values())
-    return Roofline(costs.flops / chip.flops, costs.read_written / chip.bandwidth, sent / chip.ring)
+    return Roofline(flops / chip.flops, moved / chip.bandwidth, sent / chip.ring)
 
 
 def kernel_flops(where: Computation, call: Instruction) -> float:
@@ -77,7 +82,8 @@ def kernel_flops(where: Computation, call: Instruction) -> float:
     """
     if not call.name.startswith("splash"):
         return 0.0
-    (rows, heads, length, width), *_ = [x.shapes[0].dims for x in where.inputs(call) if len(x.shapes[0].dims) == 4]
+    given = [x.shapes[0] for x in where.inputs(call)]
+    *rows, heads, length, width = next(x.dims for x in given if x.dtype in ("bf16", "f32") and len(x.dims) >= 3)
     block = next((n for n in (512, 384, 256, 128) if length % n == 0), length)
     products = 2 if "_fwd" in call.name else 4 if "_dkv" in call.name else 3
-    return 2.0 * products * rows * heads * length * width * (length + block) / 2
+    return 2.0 * products * math.prod(rows) * heads * length * width * (length + block) / 2

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 import hlo_costs
+import jax
 import tpu_chips
 
 SMALL = {"model": "llama-8b", "batch": 64}
@@ -40,7 +41,7 @@ backward pass, and attention is splash. GB are 10^9 bytes.
 - *TFLOP*: of all products in the device's program, loops counted in full; *model*: 6 (with a reference 8) times
   parameters times tokens, and attention, over the devices. The difference is recomputation and what is done twice.
 - *sent*: bytes that leave a device, by rings. *at least*: the roofline of `tpu_chips.py`: the resource that takes
-  longest, all three at full speed and overlapped. *compile*: seconds on a shared host of two cores.
+  longest, all three at full speed and overlapped. *compile*: seconds of processor time.
 """
 COLUMNS = (
     *("model", "program", "chips", "mesh", "rows", "tokens", "state", "temporaries", "at once", "room"),
@@ -70,17 +71,22 @@ PARTS = (("Programs", CASES), ("From 16 to 256 chips, one row of SFT on each", S
 
 
 def _found(case: dict[str, Any], kept: pathlib.Path | None, measure: Callable, make: Callable) -> dict[str, Any]:
-    """What `measure` finds, as plain numbers; or why XLA refused."""
+    """What `measure` finds, as plain numbers; nothing for a program that does not fit."""
     name = "-".join(str(value) for value in case.values()).replace(":", "-")
     file = None if kept is None else kept / f"{name}.json"
     if file is not None and file.exists():
         return json.loads(file.read_text())
     print(f"compiling {name}", flush=True)
-    found = plain(measure(make(**case)))
+    try:
+        found = plain(measure(make(**case)))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"does not fit: {error}", flush=True)
+        return {}
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found))
-    print(json.dumps(found), flush=True)
     return found
 
 
@@ -100,20 +106,21 @@ def plain(found: Any) -> dict[str, Any]:
 
 
 def _row(config: Any, found: dict[str, Any]) -> list[str]:
-    chip, giga = tpu_chips.chip_of(config.topology), 1e9
-    sent = [found["sent"][kind] for kind in hlo_costs.COLLECTIVES]
-    times = tpu_chips.Roofline(
-        found["flops"] / chip.flops, found["read_written"] / chip.bandwidth, sum(sent) / chip.ring
-    )
     axes = {name: getattr(config, name) for name in ("fsdp", "tensor", "sequence", "expert")}
     axes = {"data": _chips(config.topology) // math.prod(axes.values()), **axes}
+    mesh = ", ".join(f"{name} {size}" for name, size in axes.items() if size > 1)
     rows = f"{config.batch} ({config.group} of a prompt)" if config.algorithm == "decode" else str(config.batch)
     tokens = f"{config.length} + {config.new_tokens}" if config.algorithm == "decode" else str(config.length)
-    sizes = (sum(found["kinds"].values()), found["temporaries"], found["total"], chip.memory)
+    cells = [config.model, config.algorithm, config.topology, mesh, rows, tokens]
+    return cells + (_figures(tpu_chips.chip_of(config.topology), found) if found else ["does not fit"])
+
+
+def _figures(chip: tpu_chips.Chip, found: dict[str, Any]) -> list[str]:
+    giga, sent = 1e9, [found["sent"][kind] for kind in hlo_costs.COLLECTIVES]
+    times = tpu_chips.times(chip, flops=found["flops"], moved=found["read_written"], sent=sum(sent))
+    sizes = sum(found["kinds"].values()), found["temporaries"], found["total"], chip.memory
     return [
-        *(config.model, config.algorithm, config.topology),
-        ", ".join(f"{name} {size}" for name, size in axes.items() if size > 1),
-        *(rows, tokens, *(f"{size / giga:.2f}" for size in sizes)),
+        *(f"{size / giga:.2f}" for size in sizes),
         *(f"{x / 1e12:.1f}" for x in (found["flops"], found["model_flops"])),
         f"{found['read_written'] / giga:.0f}",
         *(f"{x / giga:.2f}" for x in sent),

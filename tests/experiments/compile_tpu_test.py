@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tpu_chips
 import tpu_programs
+import tpu_table
 from jax.sharding import Mesh
 
 from alignax import sharding
@@ -136,6 +137,48 @@ def test_the_roofline_names_what_binds():
     assert tpu_chips.roofline(found, tpu_chips.CHIPS["v5e"]).bound == "interconnect"
     with pytest.raises(ValueError, match="v3"):
         tpu_chips.chip_of("v3:4x4")
+
+
+CALL = """ENTRY %main (t: s8[1,2,2], q: bf16[ROWS4,1024,64], k: bf16[ROWS2,1024,64]) -> bf16[ROWS4,1024,64] {
+  %t = s8[1,2,2]{2,1,0} parameter(0)
+  %q = bf16[ROWS4,1024,64]{2,1,0} parameter(1)
+  %k = bf16[ROWS2,1024,64]{2,1,0} parameter(2)
+  ROOT %splash_mha_KIND.1 = bf16[ROWS4,1024,64]{2,1,0} custom-call(%t, %q, %k), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize("kind, products", [("fwd_residuals", 2), ("dkv_segmented", 4), ("dq_segmented", 3)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_kernel_of_attention_counts_the_blocks_up_to_the_diagonal(kind, products, rows):
+    text = CALL.replace("ROWS", f"{rows}," if rows > 1 else "").replace("KIND", kind)  # one row has no axis of its own
+    found = hlo_costs.costs(hlo.parse(text), unknown=lambda module, loop: 1, kernel=tpu_chips.kernel_flops)
+    blocks = sum(1 for queries in range(2) for keys in range(2) if keys <= queries)
+    assert found.flops == rows * 4 * products * blocks * 2 * 512 * 512 * 64
+
+
+def test_the_table_divides_by_what_the_chip_has(tmp_path, monkeypatch):
+    sent = hlo_costs.Collective("all-gather", 5, 25 * 10**9, 1, "")
+    costs = hlo_costs.Costs(394e12, 819e9, 0, (sent,))
+    kinds, chip = {"parameters": 3 * 10**9, "batch": 10**9}, tpu_chips.CHIPS["v5e"]
+    found = compile_tpu.Found(7.0, kinds, 4 * 10**9, 2 * 10**9, 0, costs, 2e14, chip)
+    case = {"model": "llama-8b", "topology": "v5e:4x4", "fsdp": 8, "tensor": 2, "batch": 32}
+    monkeypatch.setattr(tpu_table, "PARTS", (("One", (case,)),))
+    monkeypatch.setattr(tpu_table, "version", lambda name: "1.0")
+    measured = []
+    for _ in range(2):  # the second time it is kept
+        path = tmp_path / "table.md"
+        tpu_table.write(path, tmp_path, lambda config: measured.append(config) or found, compile_tpu.Config)
+    assert measured == [compile_tpu.Config(**case)]
+    header, _, row = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in path.read_text().splitlines()
+        if line.startswith("|")
+    ]
+    assert len(header) == len(row)
+    assert row[:6] == ["llama-8b", "sft", "v5e:4x4", "fsdp 8, tensor 2", "32", "4096"]
+    assert row[6:10] == ["4.00", "2.00", "6.00", "17.18"]
+    assert row[-6:] == ["2.000", "1.000", "1.000", "2.000", "compute", "7"]
 
 
 SMALL = """
