@@ -263,8 +263,9 @@ def test_a_lost_peer_ends_the_others_within_a_minute():
             assert "Start all processes again with --resume auto" in error
             assert ("total 8.0" in printed) == (victim == 1)  # of several processes only the first prints
     finally:
-        for process in sum(started.values(), []):
-            process.kill()
+        for processes in started.values():
+            for process in processes:
+                process.kill()
 
 
 def test_one_process_is_the_obvious_thing():
