@@ -33,6 +33,7 @@ import optax
 import policy_losses
 import rollouts
 import running
+import suspects
 import tyro
 from policy_losses import POLICY_LOSSES, PolicyLoss
 
@@ -365,7 +366,9 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(trained.whole(state.params))
                 metrics |= result
-            run.log(step, metrics)
+            run.log(
+                step, metrics, partial(suspects.of_rollout, asked, rows, verdict, sampler, state.params, trained.whole)
+            )
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         trained.save(config.output, loaded, state.params, config.model)

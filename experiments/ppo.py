@@ -16,6 +16,7 @@ of the entropy bonus (`--entropy-target`).
 import dataclasses
 import json
 import pathlib
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import actor_critic
@@ -29,6 +30,7 @@ import policy_losses
 import records
 import rollouts
 import running
+import suspects
 import tyro
 from actor_critic import Learner, States
 from experience import Kept
@@ -299,7 +301,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(learner.policy(states))
                 metrics |= result
-            run.log(step, metrics)
+            run.log(step, metrics, partial(suspects.of_rollout, asked, rows, verdict, sampler, states, learner.policy))
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         save(config, loaded, learner, states, kept)

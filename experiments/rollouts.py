@@ -16,6 +16,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import signs
 
 from alignax import data, distributed, models, reduce, rewards, sampling, sharding, train
 from alignax.data import text
@@ -300,11 +301,9 @@ def mean_of(parts: Sequence[dict[str, jax.Array]]) -> dict[str, Any]:
 
 def rollout_metrics(rows: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
     """What a rollout was like, over the rows that count."""
-    scores = {"reward": verdict.reward}
-    if len(verdict.parts) > 1:
-        scores |= {f"reward/{name}": x for name, x in verdict.parts.items()}
+    parts = {f"reward/{name}": x for name, x in verdict.parts.items()} if len(verdict.parts) > 1 else {}
     sizes = common.to_host({"length": rows.lengths, "truncated": rows.truncated})
-    metrics = {name: x[counted].mean() for name, x in {**scores, **sizes}.items()}
+    metrics = {name: x[counted].mean() for name, x in {"reward": verdict.reward, **parts, **sizes}.items()}
     return metrics | {"reward/std": verdict.reward[counted].std()}
 
 
@@ -354,14 +353,16 @@ def save(
 def make_record(config: Any, loaded: hf.Loaded, sampler: Sampler) -> Callable[..., dict[str, Any]]:
     """Makes `record(step, params, asked, rows, verdict) -> metrics`, of a rollout by parameters that have not moved.
 
-    It saves the rollout, if asked to; metrics of the first one say whether the trainer agrees with the sampler.
+    It saves the rollout, if asked to; some metrics say, now and then, whether trainer and sampler agree.
     """
     compare = jax.jit(sampling.compare_logp)
 
     def record(step: int, params: Params, asked: dict, rows: sampling.Samples, verdict: Verdict) -> dict[str, Any]:
         save(config, loaded, step, asked, rows, verdict.reward, verdict.parts, verdict.completions)
-        metrics = rollout_metrics(rows, verdict, np.repeat(asked["weights"], config.group) > 0)
-        if step == 1:
+        counted = np.repeat(asked["weights"], config.group) > 0
+        metrics = rollout_metrics(rows, verdict, counted)
+        metrics |= signs.length_metrics(common.to_host(rows.lengths)[counted], verdict.reward[counted], config.group)
+        if step == 1 or step % config.evaluate_every == 0:
             metrics |= parity_metrics(compare(sampler.logp(params, rows), rows.logp, rows.mask))
         return metrics
 

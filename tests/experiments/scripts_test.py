@@ -316,7 +316,7 @@ def test_ppo_with_both_rewards_and_a_shared_critic(tiny_folder, reward_folder, t
         top_k=250,
     )
     assert not (config.output / "critic").exists()
-    assert lines[0]["parity/max"] < 1e-5 and "parity/max" not in lines[1]
+    assert max(line["parity/max"] for line in lines) < 1e-5  # at the first rollout, and where the run evaluates
     found = data.rollouts.read(config.output / "rollouts")
     assert found.columns["step"] == [1] * 8 + [2] * 8 and found.prompts[:8:2] == found.prompts[1:8:2]
     np.testing.assert_allclose(found.rewards, 2.0 * found.parts["rule"] + 0.5 * found.parts["model"], rtol=1e-6)
