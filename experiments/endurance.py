@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)]
 
 import big_folder  # noqa: E402
 import common  # noqa: E402
@@ -98,8 +98,6 @@ def main(config: Config) -> None:
         raise ValueError(f"unknown {sorted(unknown)}; expected trials of {list(TRIALS)}, cases of {sorted(known)}")
     work = trials.Work(config.output.absolute(), config.seed, config.kills)
     trials.write_inputs(work.folder / "inputs")
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], str(ROOT), os.environ.get("PYTHONPATH", "")])
     restarts.prepare(work.folder / "cache")
     print(f"seed {config.seed}")
     rows = []

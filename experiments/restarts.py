@@ -14,6 +14,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 SCRIPTS = ("sft", "preference", "reward_model", "kto", "grpo", "ppo", "online_preference")
@@ -92,15 +93,22 @@ class Life:
         self.process.join()
 
 
-def prepare(cache: pathlib.Path, **environment: str) -> None:
-    """Sets what all processes inherit, the cache of compiled programs among it, and what their server imports."""
+def prepare(cache: pathlib.Path) -> None:
+    """Starts the server of which all processes are forked, with a cache of compiled programs for all of them."""
+    before = dict(os.environ)
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        **environment,
+        "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    _CONTEXT.set_forkserver_preload([*SCRIPTS, *LATER, __name__])
+    try:
+        _CONTEXT.set_forkserver_preload([*SCRIPTS, *LATER, __name__])
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -107,7 +107,7 @@ class Work:
         given = ALL | ROWS[rows] | own | {"resume": "auto", "checkpoint_every": 2} | self.options | options
         inputs = self.folder / "inputs"
         found: dict[str, Any] = {key: x.format(inputs) if isinstance(x, str) else x for key, x in given.items()}
-        devices = math.prod(found.get(axis, 1) for axis in sharding.AXES)
+        devices = math.prod(found.get(axis, 1) for axis in sharding.AXES[1:])
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         environment = {"XLA_FLAGS": flags} if devices > 1 else {}
         return Job(script, found, environment).into(self.folder / "runs" / f"{_plain(case)}-{name}")
@@ -196,14 +196,14 @@ def strike(life: Life, rng: np.random.Generator, alone: Alone) -> str:
     """Kills a process somewhere, and says in what; nothing when it ended first."""
     folder = life.job.output
     where = str(rng.choice(["the start", "a step", "a step", "a save"]))
-    opened, goal = _stamp(folder), newest(folder) + int(rng.integers(1, 4))
+    opened, goal = stamp(folder), newest(folder) + int(rng.integers(1, 4))
     delay = rng.uniform(0, {"the start": alone.began, "a step": 2 * alone.step, "a save": 0.1}[where])
 
     def there() -> bool:
         if where == "the start":
             return True
         # the lines of a life before are cut when the folder is opened, before its config.json is written anew
-        return _stamp(folder) != opened and restarts.lines(folder) > goal and (where != "a save" or saving(folder))
+        return stamp(folder) != opened and restarts.lines(folder) > goal and (where != "a save" or saving(folder))
 
     if not life.until(there):
         return ""
@@ -214,7 +214,8 @@ def strike(life: Life, rng: np.random.Generator, alone: Alone) -> str:
     return where
 
 
-def _stamp(folder: pathlib.Path) -> int:
+def stamp(folder: pathlib.Path) -> int:
+    """When a run opened the folder last: it writes config.json anew; 0 before the first."""
     file = folder / "config.json"
     return file.stat().st_mtime_ns if file.exists() else 0
 
@@ -294,18 +295,23 @@ def starved(work: Work, case: str) -> str:
         job = work.job(case, "starved").into(disk / "run")
         life = work.start(job)
         assert life.until(lambda: restarts.lines(job.output) > 9), life.said()[-4000:]
-        with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
-            while life.code is None:  # takes also what the run frees
-                with contextlib.suppress(OSError):
-                    ballast.write(bytes(4096))
-        code, said = life.wait(60), life.said()
-        assert code and code > 0 and "No space left" in said, f"ended with {code}:\n{said[-4000:]}"
-        before = newest(job.output)
-        (disk / "ballast").unlink()
+        code, before = starve(life, disk)
         life = work.finish(job)
         assert f"goes on from step {before}" in life.said(), life.said()[-4000:]
         work.same(case, job)
     return f"exit {code}, went on from step {before}"
+
+
+def starve(life: Life, disk: pathlib.Path) -> tuple[int, int]:
+    """Fills the disk until the run has ended, and makes room again; its exit code, and the step of its checkpoint."""
+    with (disk / "ballast").open("wb", buffering=0) as ballast:
+        while life.code is None:  # takes also what the run frees
+            with contextlib.suppress(OSError):
+                ballast.write(bytes(4096))
+    code, said = life.wait(), life.said()
+    assert code > 0 and "No space left" in said, f"ended with {code}:\n{said[-4000:]}"
+    (disk / "ballast").unlink()
+    return code, newest(life.job.output)
 
 
 def occupied(work: Work, case: str) -> str:
