@@ -140,13 +140,12 @@ def make_dynamic_beta(model: Model) -> Callable:
 
     def prepare(state, batch, frozen, hyper, moments):
         gaps, ref_logp = gaps_of(state.params, batch, frozen)
-        moments = losses.beta_dpo_moments(*moments, gaps, batch.weights)
-        mean, std = moments
+        mean, std = losses.beta_dpo_moments(*moments, gaps, batch.weights)
         key = jax.random.fold_in(state.key, state.step)
         weights = losses.beta_dpo_select(key, gaps, batch.weights, mean=mean, std=std)
         selected = reduce.batch_mean(gaps, weights).value()
         batch = batch._replace(weights=weights, ref_logp=ref_logp)
-        return batch, hyper | {"gap_mean": mean, "selected_mean": selected}, moments
+        return batch, hyper | {"gap_mean": mean, "selected_mean": selected}, (mean, std)
 
     return prepare
 

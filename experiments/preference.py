@@ -295,9 +295,9 @@ def next_stage(
     return {"reference": jax.tree.map(jnp.copy, state.params)}, state
 
 
-def moving(config: Config, frozen: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def moving(config: Config, frozen: Mapping[str, Any] | None) -> dict[str, Any]:
     """The reference, where it is another in each run: what a checkpoint has to hold of it."""
-    return {} if config.reference == "fixed" or frozen is None else frozen
+    return {} if config.reference == "fixed" or frozen is None else dict(frozen)
 
 
 def make_optimizer(config: Config, pairs: list) -> optax.GradientTransformation:

@@ -99,7 +99,9 @@ class Run:
         self.step = 0
         self.history: dict[str, list[tuple[int, float]]] = {}
         self._config, self._total, self._show, self._curves = config, total, show, curves
-        self._options = {f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(Options)}
+        self._options: dict[str, Any] = {
+            f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(Options)
+        }
         self._writes = jax.process_index() == 0
         self._manager: Any = None
         self._resumable = False

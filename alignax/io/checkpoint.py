@@ -129,8 +129,9 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
       OSError: when there are checkpoints, but none is whole; it says what is wrong with each.
     """
     manager.wait_until_finished()
-    wrong: dict[int, str] = {}
     manager.reload()
+    wrong: dict[int, str] = {}
+    leaves: dict[str, Any] = {}
     for step in sorted(manager.all_steps(), reverse=True):
         folder = pathlib.Path(manager.directory) / str(step)
         content, error = _attempt(lambda folder=folder: _unsealed(folder / "content" / "metadata"))
