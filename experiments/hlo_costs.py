@@ -166,7 +166,7 @@ def _read(inner: Computation, parameter: Instruction) -> float:
         first = bool(x.operands) and x.operands[0] in _aliases(inner, parameter)
         if x.op in ("dynamic-slice", "slice", "gather") and first:
             total += x.bytes
-        elif not (x.op == "dynamic-update-slice" and first):  # which writes into it, in place
+        elif not (x.op in ("dynamic-update-slice", "scatter") and first):  # which write into it, in place
             return parameter.bytes
     return total
 
@@ -178,7 +178,8 @@ def _written(inner: Computation) -> float:
     for x in roots:
         while x.op == "bitcast":
             x = inner.inputs(x)[0]
-        total += inner.inputs(x)[1].bytes if x.op == "dynamic-update-slice" else x.bytes
+        updates = {"dynamic-update-slice": 1, "scatter": -1}
+        total += inner.inputs(x)[updates[x.op]].bytes if x.op in updates else x.bytes
     return total
 
 

@@ -139,6 +139,27 @@ def test_the_roofline_names_what_binds():
         tpu_chips.chip_of("v3:4x4")
 
 
+PUT = """%put (c: bf16[64,512,128], at: s32[64], new: bf16[64,128]) -> bf16[64,512,128] {
+  %c = bf16[64,512,128]{2,1,0} parameter(0)
+  %at = s32[64]{0} parameter(1)
+  %new = bf16[64,128]{1,0} parameter(2)
+  ROOT %filled = bf16[64,512,128]{2,1,0} scatter(%c, %at, %new), update_window_dims={1}, to_apply=%assign
+}
+
+ENTRY %main (c.1: bf16[64,512,128], at.1: s32[64], new.1: bf16[64,128]) -> bf16[64,512,128] {
+  %c.1 = bf16[64,512,128]{2,1,0} parameter(0)
+  %at.1 = s32[64]{0} parameter(1)
+  %new.1 = bf16[64,128]{1,0} parameter(2)
+  ROOT %r = bf16[64,512,128]{2,1,0} fusion(%c.1, %at.1, %new.1), kind=kInput, calls=%put
+}
+"""
+
+
+def test_a_cache_that_is_written_in_place_is_not_moved():
+    found = hlo_costs.costs(hlo.parse(PUT), unknown=lambda module, loop: 1)
+    assert found.read_written == 64 * 4 + 2 * 64 * 128 * 2  # places, and what is put there, read and written
+
+
 CALL = """ENTRY %main (t: s8[1,2,2], q: bf16[ROWS4,1024,64], k: bf16[ROWS2,1024,64]) -> bf16[ROWS4,1024,64] {
   %t = s8[1,2,2]{2,1,0} parameter(0)
   %q = bf16[ROWS4,1024,64]{2,1,0} parameter(1)
