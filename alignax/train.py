@@ -4,8 +4,9 @@ A loss function returns named terms, each a weight and a `Mean(total, count)`. T
 
     sum over terms of  weight * (total over the whole batch) / (count over the whole batch),
 
-whatever the batch was split into. Counts depend on masks alone, so they are summed first (XLA drops the forward pass
-that would come with them); then each part's gradient is already divided rightly, and parts simply add up.
+whatever the batch was split into. Counts depend on masks alone, so those of several parts are summed first (XLA drops
+the forward pass that would come with them); then each part's gradient is already divided rightly, and parts simply add
+up.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -87,11 +88,13 @@ def make_update(
             terms, _ = loss_fn(state.params, part, frozen, hyper)
             return {name: Mean(jnp.zeros(()), term.mean.count) for name, term in terms.items()}
 
-        counts = {name: mean.count for name, mean in _over_parts(count, parts, axis_name).items()}
+        one = microbatches == 1 and axis_name is None  # which knows the counts itself: the loss is traced once
+        counts = {} if one else {name: mean.count for name, mean in _over_parts(count, parts, axis_name).items()}
 
         def part_loss(params, part):
             terms, metrics = loss_fn(params, part, frozen, hyper)
-            means = {name: Mean(term.mean.total, counts[name]) for name, term in terms.items()}
+            known = {name: jax.lax.stop_gradient(term.mean.count) for name, term in terms.items()} if one else counts
+            means = {name: Mean(term.mean.total, known[name]) for name, term in terms.items()}
             loss = sum(term.weight * means[name].value() for name, term in terms.items())
             return loss, (terms, metrics)
 

@@ -93,11 +93,29 @@ def test_small_rollouts_learn_from_as_many_endings_and_a_reference_as_far():
     assert (1 - small["ema_rate"]) ** 80 == pytest.approx((1 - 0.05) ** 20)
 
 
+def test_each_practice_is_left_out_by_its_own_setting(monkeypatch, tmp_path):
+    """The runs of the plan as PPO's script gets them: no two differ in more than the practice that they name."""
+    given = []
+    monkeypatch.setattr(stories.ppo, "main", lambda config: given.append(dataclasses.asdict(config)))
+    config = stories.Config(model="", output=tmp_path, betas=(), kl_weights=(), kl_coefs=(0.1,), seeds=(3,))
+    for trial in stories.plan(config):
+        stories.run(config, trial)
+    whole, *without = given
+    changed = [{name for name in whole if whole[name] != less[name]} - {"output"} for less in without]
+    assert changed == [
+        {"whiten_advantages"},
+        {"prompts", "steps", "evaluate_every", "ema_rate"},
+        {"ema_rate"},
+    ]
+    assert whole["whiten_advantages"] and not without[0]["whiten_advantages"] and without[2]["ema_rate"] == 0
+
+
 def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
     # a random model of bytes writes no words: pairs need another rule (GRPO loads the script's own, and scores 0)
     by_length = lambda prompts, endings, **_: [len(text) / 100 for text in endings]  # noqa: E731
     monkeypatch.setattr(happy_endings, "happy_ending", by_length)
-    monkeypatch.delitem(stories.WITHOUT, "large rollouts")  # other shapes, all compiled anew
+    for name in ("large rollouts", "whitened advantages"):  # each is compiled anew; the test above holds their settings
+        monkeypatch.delitem(stories.WITHOUT, name)
     config = stories.Config(
         model=str(tiny_folder),
         output=tmp_path / "out",
@@ -120,7 +138,7 @@ def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
     points = stories.main(config)
     methods = [(point["method"], point["setting"]) for point in points]
     assert methods[:4] == [("start", ""), ("DPO", "beta 0.1"), ("GRPO", "kl 0.1"), ("PPO", "kl 0.1")]
-    assert methods[4:] == [("PPO without", name) for name in stories.WITHOUT] and len(stories.WITHOUT) == 2
+    assert methods[4:] == [("PPO without", name) for name in stories.WITHOUT] and len(stories.WITHOUT) == 1
     assert points[0]["kl"] == pytest.approx(0, abs=1e-3) and all(np.isfinite(point["kl"]) for point in points)
     results = json.loads((config.output / "results.json").read_text())
     assert results["runs"] == points and 0 <= results["reward_model"]["accuracy"] <= 1
