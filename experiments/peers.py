@@ -44,21 +44,19 @@ def watching() -> Iterator[None]:
         raise
     except BaseException as error:
         traceback.print_exc()
-        if reason := _lost(error):
-            _say(f"{_where(traceback.extract_tb(error.__traceback__))}: {reason}")
+        if lost := _lost(error):
+            _say(f"{_where(traceback.extract_tb(lost.__traceback__))}: {str(lost).splitlines()[0]}")
             _leave(PEER_LOST)
         _end(error)
     finally:
         del handler
 
 
-def _lost(error: BaseException | None) -> str:
-    """What a collective, or another talk with the others, said when it failed; empty when something else did."""
-    while error is not None:
-        if _LOST.search(str(error)):
-            return str(error).splitlines()[0]
+def _lost(error: BaseException | None) -> BaseException | None:
+    """The failure of a collective, or another talk with the others, behind an error; None when there is none."""
+    while error is not None and not _LOST.search(str(error)):
         error = error.__cause__ or error.__context__
-    return ""
+    return error
 
 
 def _end(error: BaseException) -> None:

@@ -3,7 +3,6 @@
 `python tests/processes_test.py MODE ...` is what they run; the tests here read what the first one saved.
 """
 
-import dataclasses
 import functools
 import os
 import pathlib
@@ -106,7 +105,7 @@ def loop(mesh=None):
             with jax.set_mesh(mesh):
                 rows = sample(state.params, *sharding.shard_batch(given, mesh), key)
                 own = distributed.take_own_rows({"tokens": rows.tokens, "mask": rows.mask})
-                assert 0 < len(own["tokens"]) < PROMPTS * GROUP
+                assert len(own["tokens"]) < PROMPTS * GROUP
                 reward = distributed.join_rows(small_tokens(own), rows.tokens)
                 state, _ = learn(state, rows, sharding.shard_batch(reward, mesh))
         rewards.append(reward)
@@ -116,7 +115,7 @@ def loop(mesh=None):
 def exchange():
     """What `distributed` does with rows on a mesh whose tensor axis lies across the processes."""
     count = jax.process_count()
-    devices = np.array(jax.devices()).reshape(count, -1).T.ravel()  # neighbours are of different processes
+    devices = list(np.array(jax.devices()).reshape(count, -1).T.flat)  # neighbours are of different processes
     mesh = sharding.make_mesh(devices, data=len(devices) // 2, tensor=2)
     x = sharding.shard_batch(np.arange(24).reshape(12, 2), mesh)
     own = distributed.own_rows(x)
@@ -153,7 +152,7 @@ def compute(address, count, number, out):
 def lose(address, count, number, victim, how):
     """A script whose process `victim` ends after a while, killed or by an error, while the others compute or sleep."""
     sys.path.insert(0, str(ROOT / "experiments"))
-    import launch
+    import launch  # pyright: ignore[reportMissingImports]
 
     distributed.initialise = partial(distributed.initialise, heartbeat_seconds=5)
     config = launch.Options(coordinator=address, processes=int(count), process=int(number))
@@ -170,7 +169,7 @@ def lose(address, count, number, victim, how):
             if step == 5 and how == "sleeps":
                 time.sleep(100)
 
-    main(dataclasses.replace(config))
+    main(config)  # pyright: ignore[reportCallIssue]
 
 
 def start(mode, count, devices, *args):
