@@ -248,13 +248,18 @@ def damaged(work: Work, case: str) -> str:
         job, life = begun(work, case, how, step=9)
         life.kill()
         steps = saved(job.output)
-        files = sorted(path for path in (job.output / "checkpoints" / str(steps[-1])).rglob("*") if path.is_file())
-        damage(max(files, key=lambda path: path.stat().st_size), how)
+        damage(numbers(job.output, steps[-1]), how)
         life = work.finish(job)
         assert "CHECKPOINT DAMAGED" in life.said() and f"goes on from step {steps[-2]}" in life.said(), life.said()
         work.same(case, job)
         said.append(f"{how}: {steps[-1]} -> {steps[-2]}")
     return ", ".join(said)
+
+
+def numbers(folder: pathlib.Path, step: int) -> pathlib.Path:
+    """The file that has the numbers of a checkpoint, or most of them."""
+    files = (folder / "checkpoints" / str(step) / "arrays" / "d").iterdir()
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 def damage(file: pathlib.Path, how: str) -> None:
