@@ -29,7 +29,7 @@ PROMPTS, GROUP, WIDTH, NEW = 4, 4, 3, 5
 # By the number of processes, which have four devices together: (problem, axes of the mesh).
 MESHES = {
     2: [("sft", {"fsdp": 4}), ("dpo", {"data": 2, "tensor": 2}), ("sft", {}), ("loop", {"data": 4})],
-    4: [("dpo", {"fsdp": 4}), ("grpo", {"data": 2, "tensor": 2}), ("loop", {"data": 2, "tensor": 2})],
+    4: [("dpo", {"fsdp": 4}), ("loop", {"data": 2, "tensor": 2})],
 }
 
 
