@@ -140,7 +140,7 @@ def make_dynamic_beta(model: Model) -> Callable:
 
     def prepare(state, batch, frozen, hyper, moments):
         gaps, ref_logp = gaps_of(state.params, batch, frozen)
-        mean, std = losses.beta_dpo_moments(*moments, gaps, batch.weights)
+        mean, std = losses.beta_dpo_moments(moments[0], moments[1], gaps, batch.weights)
         key = jax.random.fold_in(state.key, state.step)
         weights = losses.beta_dpo_select(key, gaps, batch.weights, mean=mean, std=std)
         selected = reduce.batch_mean(gaps, weights).value()

@@ -141,9 +141,12 @@ def cut(folder: pathlib.Path, step: int) -> list[dict[str, Any]]:
 
 def cleared(folder: pathlib.Path) -> pathlib.Path:
     """The folder, to be written anew: what an earlier life of the run left of it, whole or in parts, is removed."""
-    if jax.process_index() == 0:
+
+    def remove() -> None:
         for left in (folder, *folder.parent.glob(f".{folder.name}.*")):
             shutil.rmtree(left, ignore_errors=True)
+
+    everywhere(remove)  # no process looks at the folder before it is gone
     return folder
 
 
