@@ -32,8 +32,8 @@ class Linear(nn.Module):
         """Projects the last axis."""
         config = self.config
         normal, shape = nn.initializers.normal(config.initializer_range), (x.shape[-1], self.features)
-        weights = self.param("kernel", normal, shape, config.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype) if self.use_bias else None
+        weights = _held(self, "kernel", normal, shape, config.param_dtype)
+        bias = _held(self, "bias", nn.initializers.zeros, shape[1:], config.param_dtype) if self.use_bias else None
         beside = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
         if is_quantised(weights):  # checkpointed, or the floats of all layers would be kept for the backward pass
             x, bias = promote_dtype(x, bias, dtype=config.dtype)
@@ -109,6 +109,16 @@ def merged(params: Params, *, quantised: bool = False) -> Params:
         kernel *= jnp.expand_dims(magnitude_ratio(params["kernel"], params), -2)
     kept = {name: leaf for name, leaf in params.items() if name not in LEAVES}
     return kept | {"kernel": kernel.astype(params["kernel"].dtype)}
+
+
+def _held(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The parameter of that name, made where there is none yet; `param` alone would trace `first` at every call."""
+    if not module.has_variable("params", name):
+        return module.param(name, first, shape, dtype)
+    held = module.get_variable("params", name)
+    if held.shape != shape:
+        raise ValueError(f"{'/'.join((*module.path, name))}: shape {held.shape}; expected {shape}")
+    return held
 
 
 def _dropped(x: Array, beside: Params) -> Array:

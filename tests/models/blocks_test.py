@@ -8,6 +8,7 @@ import pytest
 
 from alignax.models import TransformerConfig
 from alignax.models.blocks import Block, norm
+from alignax.models.linear import Linear
 
 CONFIG = TransformerConfig(
     vocab_size=7,
@@ -88,3 +89,13 @@ def jax_tree_float32(tree):
     if isinstance(tree, dict):
         return {name: jax_tree_float32(leaf) for name, leaf in tree.items()}
     return jnp.asarray(tree, jnp.float32)
+
+
+def test_a_kernel_of_another_shape_is_refused_by_name():
+    for name, wrong, message in (
+        ("kernel", (6, 3), r"kernel: shape \(6, 3\); expected \(6, 4\)"),
+        ("bias", (5,), "bias"),
+    ):
+        params = {"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)} | {name: jnp.zeros(wrong)}
+        with pytest.raises(ValueError, match=message):
+            Linear(CONFIG, 4, use_bias=True).apply({"params": params}, jnp.zeros((1, 6)))
