@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from alignax.types import Array, Scalar
@@ -188,9 +189,11 @@ def _move(x: Any, where: NamedSharding) -> Any:
             f"move: process {jax.process_index()} has {len(origin.addressable_devices)} devices of where an array is "
             f"and {len(where.addressable_devices)} of where it goes; expected some of both (see split_devices)"
         )
-    own = _gather(NamedSharding(origin.mesh, PartitionSpec()))(x).addressable_shards[0].data
+    with jax.set_mesh(origin.mesh):  # whichever mesh is in effect outside
+        own = _gather(NamedSharding(origin.mesh, PartitionSpec()))(x).addressable_shards[0].data
     parts = where.addressable_devices_indices_map(x.shape).items()
-    copies = [jax.device_put(own[index], device, may_alias=False) for device, index in parts]
+    with jax.set_mesh(Mesh(np.array([own.device]), ("own",))):
+        copies = [jax.device_put(own[index], device, may_alias=False) for device, index in parts]
     return jax.make_array_from_single_device_arrays(x.shape, where, copies)
 
 

@@ -109,10 +109,10 @@ def make_draw(config: Any, sampler: Sampler, stage: Stage, mesh: Mesh) -> Callab
 
     def start(weights: Params, stream: Iterator, number: int) -> tuple:
         asked, position = next(stream)
-        key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number + 1))
-        key = sharding.place(key, NamedSharding(stage.mesh, PartitionSpec()))
         placed = sharding.shard_batch((asked["tokens"], asked["lengths"]), stage.mesh)
         with jax.set_mesh(stage.mesh) if config.actors else contextlib.nullcontext():
+            key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number + 1))
+            key = sharding.place(key, NamedSharding(stage.mesh, PartitionSpec()))
             return asked, position, sampler.sample(weights, *placed, key)
 
     def draw(queue: ahead.Queue, version: int, params: Params, stream: Iterator) -> tuple:

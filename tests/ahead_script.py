@@ -15,6 +15,7 @@ from problems import VOCAB, tiny
 
 from alignax import ahead, distributed, losses, models, sampling, sharding, train
 from alignax.algorithms import grpo
+from alignax.io.digests import digests
 
 ROWS, GROUP, WIDTH, NEW, STEPS = 4, 4, 3, 6, 5
 
@@ -151,7 +152,8 @@ def across():
     x = np.arange(12, dtype=np.float32).reshape(6, 2)
     where = {"split": P("x"), "whole": P(), "turned": P(None, "x")}
     split = sharding.place(x, NamedSharding(first, P("x")))
-    moved = {name: ahead.move(split + 1, NamedSharding(last, spec)) for name, spec in where.items()}
+    with jax.set_mesh(first):  # as in a script
+        moved = {name: ahead.move(split + 1, NamedSharding(last, spec)) for name, spec in where.items()}
     plan = {name: ahead.plan_transfer(split, NamedSharding(last, spec)) for name, spec in where.items()}
     return {
         "bytes": {name: list(found.into.values()) for name, found in plan.items()},
@@ -178,6 +180,10 @@ def main():
         found, off, used, queue = asynchronously(ahead=lag, total=STEPS)
         parameters[lag], left = found, len(queue.waiting)
         report[str(lag)] = {"bits": same(found, expected), "used": used, "ratios": [ratios, off], "left": left}
+    learners, actors = meshes()
+    large = np.arange(2**17, dtype=np.int32).reshape(-1, 4)
+    with jax.set_mesh(learners):
+        report["digests"] = [digests({"x": x}) for x in (large, sharding.shard_batch(large, actors))]
     report["differ"] = not same(*parameters.values())
     report["resumed"] = same(asynchronously(ahead=1, total=STEPS, interrupted=True)[0], parameters[1])
     _, _, used, queue = asynchronously(ahead=2, max_staleness=1)

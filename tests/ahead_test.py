@@ -67,6 +67,8 @@ def test_one_step_off_it_is_the_loop_that_samples_with_the_weights_before(report
 def test_what_is_under_way_survives_a_checkpoint(report):
     """State and queue through numpy after the second step give the parameters of the run that went on."""
     assert report["resumed"]
+    host, device = report["digests"]  # of what lies on the actors' mesh while the learner's is in effect
+    assert device == host
 
 
 def test_a_bound_drops_what_is_too_old(report):

@@ -1,5 +1,6 @@
 """A number that says what the bits of an array are: the same on any mesh, other for any one element that changed."""
 
+import contextlib
 import math
 import zlib
 from collections.abc import Mapping
@@ -45,7 +46,9 @@ def _of(leaf: Any) -> Any:
         return _sum(np.asarray(leaf), np)
     if leaf.sharding.memory_kind == "pinned_host":
         leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
-    return _on_devices(leaf)
+    mesh = getattr(leaf.sharding, "mesh", None)
+    with jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext():
+        return _on_devices(leaf)  # wherever it lies: rollouts under way are on another mesh than that in effect
 
 
 @jax.jit
