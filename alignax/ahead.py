@@ -183,14 +183,14 @@ def fresh(versions: Int[Array, " B"], version: Scalar, *, max_staleness: Scalar)
 def _move(x: Any, where: NamedSharding) -> Any:
     if not isinstance(x, jax.Array) or (x.is_fully_addressable and where.is_fully_addressable):
         return jax.device_put(x, where, may_alias=False)
-    origin = x.sharding
-    if not (origin.addressable_devices and where.addressable_devices) or not isinstance(origin, NamedSharding):
+    origin, mesh = x.sharding, getattr(x.sharding, "mesh", None)
+    if not (origin.addressable_devices and where.addressable_devices) or not isinstance(mesh, Mesh):
         raise ValueError(
             f"move: process {jax.process_index()} has {len(origin.addressable_devices)} devices of where an array is "
             f"and {len(where.addressable_devices)} of where it goes; expected some of both (see split_devices)"
         )
-    with jax.set_mesh(origin.mesh):  # whichever mesh is in effect outside
-        own = _gather(NamedSharding(origin.mesh, PartitionSpec()))(x).addressable_shards[0].data
+    with jax.set_mesh(mesh):  # whichever mesh is in effect outside
+        own = _gather(NamedSharding(mesh, PartitionSpec()))(x).addressable_shards[0].data
     parts = where.addressable_devices_indices_map(x.shape).items()
     with jax.set_mesh(Mesh(np.array([own.device]), ("own",))):
         copies = [jax.device_put(own[index], device, may_alias=False) for device, index in parts]
