@@ -167,7 +167,8 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
     if missing := [name for name, value in given.items() if value is None]:
         named = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
         raise ValueError(f"initialise: {named} without {' and '.join(missing)}; expected all three, or none")
-    if not re.fullmatch(r"\[?[\w.:-]+\]?:\d+", given["coordinator"]):
+    address = re.fullmatch(r"\[?[\w.:-]+\]?:(\d+)", given["coordinator"])
+    if not address or int(address[1]) >= 2**16:  # with which JAX ends the process, and explains nothing
         raise ValueError(f"initialise: coordinator={given['coordinator']!r}; expected HOST:PORT")
     if not 0 <= given["process"] < given["processes"]:
         raise ValueError(

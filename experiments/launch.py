@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import actors
+import checks
 import jax
 import peers
 
@@ -35,7 +36,12 @@ class Options:
 
 
 def make_mesh(config: Any) -> jax.sharding.Mesh:
-    """The mesh that a Config asks for, over all devices of all processes but those that only sample."""
+    """The mesh that a Config asks for, over all devices of all processes but those that only sample.
+
+    Raises:
+      ValueError: for axes below 1, or that do not divide the devices.
+    """
+    checks.check_ranges(config, least=dict.fromkeys(sharding.AXES[1:], 1))
     axes = {name: getattr(config, name) for name in sharding.AXES[1:]}
     return sharding.make_mesh(actors.learners(config), data=-1, **axes)
 

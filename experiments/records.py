@@ -67,8 +67,8 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
         return nothing
     take(folder).close()
     try:
-        old = json.loads((folder / CONFIG).read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+        old = dict(json.loads((folder / CONFIG).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no output folder of a run, {CONFIG} cannot be read: {error}") from error
     new = described(config)
     changes = {
@@ -83,6 +83,10 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
         ended = json.loads((folder / RESULT).read_text())
     except FileNotFoundError:
         ended = {"step": 0, "result": None}
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / RESULT}: is not JSON ({error}); remove it to go on from the last checkpoint"
+        ) from error
     return {"changes": changes, **ended}
 
 
@@ -96,6 +100,7 @@ def take(folder: pathlib.Path) -> IO[str]:
 
     Raises:
       ValueError: when another run holds it.
+      OSError: when the folder cannot be written, or its file system knows no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / LOCK).open("a+")
@@ -105,6 +110,8 @@ def take(folder: pathlib.Path) -> IO[str]:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
         lock.close()
+        if not isinstance(error, BlockingIOError):
+            raise
         raise ValueError(f"output folder {folder} is in use by {holder}; wait for it, or end it") from error
     lock.truncate(0)
     lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")

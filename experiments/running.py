@@ -1,7 +1,8 @@
 """What a script's run is, beside its algorithm: where it runs, what it keeps, how it goes on after it was killed.
 
 The output folder has config.json, metrics.jsonl, TensorBoard scalars, curves.png, checkpoints/ with what
-`alignax.io.checkpoint` writes, a file `lock`, held by the run that works there, and at the end result.json.
+`alignax.io.checkpoint` writes, a file run.lock, held by the run that works there, and at the end result.json. Exit
+codes are those below and `peers.PEER_LOST`.
 """
 
 import contextlib
@@ -32,8 +33,6 @@ from alignax.io import checkpoint, digests
 
 PREEMPTED = 75
 """Exit code of a run that was told to end, and has saved: run it again with --resume auto (sysexits.h: EX_TEMPFAIL)."""
-PEER_LOST = 76
-"""Exit code of a process whose run lost another one."""
 STOPPED = 77
 """Exit code of a run that `watch` stopped; it has saved."""
 
@@ -52,8 +51,8 @@ class Options(launch.Options, watch.Options):
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     keep_best: str = ""
-    """A metric, such as held_out/loss: keep the checkpoint where it was best, too. More is better, unless the name ends
-    in loss."""
+    """A metric, such as held_out/loss: of the checkpoints at whose step it was logged keep the best, too. More is
+    better, unless the name ends in loss."""
 
 
 # Fields that may differ when a run goes on, for they do not say what it computes: where it runs and is kept, what it is
@@ -91,7 +90,7 @@ class Run:
 
     Raises:
       ValueError: when the folder holds something and `resume` is "no", is no folder or none of a run, is in use, or was
-        begun with another Config, whose fields are named.
+        begun with another Config, whose fields are named; for options of checkpoints that mean nothing.
     """
 
     def __init__(self, config: Any, *, total: int, show: Sequence[str] = (), curves: Sequence[str] = ()):
@@ -102,6 +101,7 @@ class Run:
         self._options: dict[str, Any] = {
             f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(Options)
         }
+        self._check()
         self._writes = jax.process_index() == 0
         self._manager: Any = None
         self._resumable = False
@@ -120,6 +120,17 @@ class Run:
         if self.result is not None:
             print(f"{self.folder}: finished at step {found['step']}, nothing is left to do")
 
+    def _check(self) -> None:
+        """Refuses at once what would fail at the first checkpoint, or leave the run without any."""
+        for name, least in {"checkpoint_every": 0, "keep": 1, "watch_window": 1}.items():
+            if self._options[name] < least:
+                raise ValueError(f"{name}={self._options[name]}; expected {least} or more")
+        if self._options["keep_best"] and not self._every():
+            raise ValueError(
+                f"keep_best={self._options['keep_best']!r} of a run that saves no checkpoints; expected --resume auto "
+                "or --checkpoint-every, too"
+            )
+
     def __enter__(self) -> "Run":
         records.everywhere(self._take)
         if self._options["resume"] == "no":
@@ -131,7 +142,15 @@ class Run:
 
     def _open(self) -> None:
         """Brings the folder to the step that the run goes on from, and opens its files."""
-        for line in records.everywhere(lambda: records.cut(self.folder, self.step)):
+        lines = records.everywhere(lambda: records.cut(self.folder, self.step))
+        if (last := lines[-1]["step"] if lines else 0) < self.step and self._writes:
+            warnings.warn(
+                f"{self.folder / records.LINES}: ends with step {last}; expected all up to step {self.step}, from "
+                "which the run goes on: what was logged between them is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        for line in lines:
             for name, value in line.items():
                 if name != "step" and value is not None:
                     self.history.setdefault(name, []).append((line["step"], value))
@@ -269,17 +288,24 @@ class Run:
         self._ending = code, reason
         return self._resumable
 
+    def _every(self) -> int:
+        """Steps between two checkpoints; 0: there are none."""
+        by_evaluation = self._options["resume"] == "auto" and getattr(self._config, "evaluate_every", 0)
+        return self._options["checkpoint_every"] or by_evaluation or 0
+
     def _due(self, step: int) -> bool:
-        every = self._options["checkpoint_every"]
-        if not every and self._options["resume"] == "auto":
-            every = getattr(self._config, "evaluate_every", 0)
+        every = self._every()
         return every > 0 and (step % every == 0 or step == self._total)
 
     def _write(self, step: int, everything: Mapping[str, Any]) -> None:
         if self._writes:
             os.fsync(self._lines.fileno())  # no line before the checkpoint is lost, should the machine go down
-        now = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
-        best = {name: value for name, value in now.items() if name == self._options["keep_best"]}
+        points = self.history.get(name := self._options["keep_best"], [])
+        best = {name: points[-1][1]} if points and points[-1][0] == step else {}
+        if name and not points and self._ending is None:
+            warnings.warn(
+                f"keep_best={name!r}: not logged so far; expected one of {sorted(self.history)}", stacklevel=3
+            )
         about = {"config": records.described(self._config), "unsaved": self._unsaved}
         with self._explained(step):
             checkpoint.save(self._checkpoints(), step, everything, about=about, metrics=best)
@@ -301,8 +327,6 @@ class Run:
     def finish(self, result: Mapping[str, Any]) -> dict[str, float]:
         """Records that nothing is left to do, and the last evaluation, which is returned as floats."""
         values = {name: float(value) for name, value in result.items()}
-        if (best := self._options["keep_best"]) and best not in self.history:
-            warnings.warn(f"keep_best={best!r}: no such metric; expected one of {sorted(self.history)}", stacklevel=2)
         if self._writes:
             records.write(self.folder / records.RESULT, {"step": self._total, "result": values})
         return values

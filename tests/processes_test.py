@@ -300,6 +300,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2"}
         ({}, ("host:1",), "coordinator=host:1 without processes and process; expected all three"),
         ({}, (None, 2), "processes=2 without coordinator and process"),
         ({}, ("host", 2, 0), "coordinator='host'; expected HOST:PORT"),
+        ({}, ("host:65536", 2, 0), "coordinator='host:65536'; expected HOST:PORT"),
         ({}, ("host:1", 2, 2), "process=2 of processes=2; expected 0 to one less"),
     ],
 )

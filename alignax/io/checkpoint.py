@@ -12,6 +12,7 @@ read without complaint, though a byte of it changed, is noticed. Nothing is pick
 these functions, and the folder is one that all of them see; what is not an array over all devices is the first one's.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -30,7 +31,7 @@ from jax.experimental import multihost_utils
 from alignax.io.digests import digests
 
 Trees = Mapping[str, Any]
-LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+LIBRARIES = ("alignax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _PLAIN = (bool, int, float, str)
 _CHUNK, _AT_ONCE = 2**26, 2**27  # bytes
 
@@ -155,8 +156,12 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
 
 
 def versions() -> dict[str, str]:
-    """Of this library and those it stands on."""
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    """Of this library and those it stands on; what is only on the path, not installed, has none."""
+    found = {name: "" for name in LIBRARIES}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _flatten(trees: Trees) -> dict[str, Any]:

@@ -14,11 +14,11 @@ _SMALL = 2**16  # elements up to which nothing is compiled
 
 
 def digests(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """A number below 2^32 for each array, by name; two arrays that differ in one element never share it.
+    """A number below 2^32 for each array, by name; two that differ in 32 bits of one element never share it.
 
-    It is sum_i mix(bits_i + i * odd) mod 2^32 over the elements, two for those wider than 32 bits, and `mix`, the last
-    step of MurmurHash3, is a bijection. Sums of integers know no order: arrays of devices are summed where they are,
-    shard by shard, and no copy is made, but for one leaf at a time of those in the host's memory.
+    It is sum_i mix(bits_i + i * odd) mod 2^32 over words of 32 bits, of which wider elements have several and others
+    one, and `mix`, the last step of MurmurHash3, is a bijection. Sums of integers know no order: arrays of devices are
+    summed where they are, shard by shard, and no copy is made, but for one leaf at a time of those in the host's memory.
     """
     found = {name: _of(leaf) for name, leaf in leaves.items()}
     return {name: int(value) for name, value in jax.device_get(found).items()}

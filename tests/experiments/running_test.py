@@ -2,16 +2,20 @@
 
 import copy
 import dataclasses
+import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 
 import common
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import pytest
+import records
 import running
 import watch
 
@@ -234,6 +238,62 @@ def test_what_no_run_goes_on_from(whole, tmp_path):
         work(whole[0])
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"checkpoint_every": -1}, "checkpoint_every=-1; expected 0 or more"),
+        ({"keep": 0}, "keep=0; expected 1 or more"),
+        ({"watch_window": 0}, "watch_window=0; expected 1 or more"),
+        ({"keep_best": "loss"}, "keep_best='loss' of a run that saves no checkpoints"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_at_once(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        running.Run(Config(tmp_path / "out", **options), total=1)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", "[]", "no output folder of a run, config.json cannot be read"),
+        ("config.json", '{"config": 3}', "no output folder of a run, config.json cannot be read"),
+        ("result.json", "", r"result\.json: is not JSON .*remove it"),
+    ],
+)
+def test_damaged_records_are_named(whole, tmp_path, name, content, message):
+    config = again(whole, tmp_path)
+    shutil.copytree(whole[0].output, config.output)
+    (config.output / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        running.Run(config, total=6)
+
+
+@pytest.mark.filterwarnings("ignore:step 2. not finite")
+def test_lost_lines_are_told(whole, tmp_path):
+    config = again(whole, tmp_path, checkpoint_every=2)
+    with pytest.raises(Killed):
+        work(config, fail=5)
+    lines = (config.output / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (config.output / "metrics.jsonl").write_text("".join(lines[:3]))
+    with pytest.warns(RuntimeWarning, match="ends with step 2; expected all up to step 4"):
+        assert work(config) == whole[1]
+
+
+def test_a_file_system_without_locks_is_not_in_use(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="no locks available"):
+        records.take(tmp_path)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 0}, {"fsdp": -1, "tensor": -1}])
+def test_axes_below_one_are_refused(tmp_path, axes):
+    with pytest.raises(ValueError, match=r"fsdp=.*; expected 1 or more"):
+        launch.make_mesh(Config(tmp_path, **axes))
+
+
 @pytest.mark.filterwarnings("ignore:step 2. not finite")
 def test_a_folder_has_one_run_at_a_time(whole, tmp_path):
     config = again(whole, tmp_path)
@@ -254,5 +314,5 @@ def test_the_best_is_kept(whole, tmp_path):
     best = min(history, key=lambda line: line["loss"])["step"]
     kept = sorted(path.name for path in (config.output / "checkpoints").iterdir())
     assert kept == sorted({str(best), "6"})
-    with pytest.warns(UserWarning, match="keep_best='nothing': no such metric"):
+    with pytest.warns(UserWarning, match="keep_best='nothing': not logged so far"):
         work(dataclasses.replace(config, output=tmp_path / "other", keep_best="nothing"))
