@@ -54,9 +54,12 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
       changes (field: [old, new]), step and result of a run that finished, 0 and None of none.
 
     Raises:
-      ValueError: when the folder holds something that the run may not go on from.
+      ValueError: when the folder holds something that the run may not go on from, or may not be written.
     """
     nothing = {"changes": {}, "step": 0, "result": None}
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK) or (there.is_file() and there != folder):
+        raise ValueError(f"output folder {folder}: {there} is no folder that this process may write in")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return nothing
     if not resume or not folder.is_dir():
@@ -67,10 +70,13 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
         return nothing
     take(folder).close()
     try:
-        old = dict(json.loads((folder / CONFIG).read_text())["config"])
+        record = json.loads((folder / CONFIG).read_text())
+        old = dict(record["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no output folder of a run, {CONFIG} cannot be read: {error}") from error
-    new = described(config)
+    new, script = described(config), script_of(config)
+    if record.get("script", script) != script:
+        raise ValueError(f"{folder}: begun by {record['script']}, this is {script}; name a new folder")
     changes = {
         name: [old.get(name), new.get(name)]
         for name in sorted({*old, *new})
@@ -93,6 +99,11 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
 def described(config: Any) -> dict[str, Any]:
     """A Config as JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def script_of(config: Any) -> str:
+    """The name of the file that a Config's class is of; empty in a notebook."""
+    return pathlib.Path(getattr(sys.modules[type(config).__module__], "__file__", None) or "").name
 
 
 def take(folder: pathlib.Path) -> IO[str]:
@@ -121,7 +132,12 @@ def take(folder: pathlib.Path) -> IO[str]:
 
 def begin(folder: pathlib.Path, config: Any, *, step: int, changes: dict[str, Any]) -> None:
     """Writes config.json, or adds to it that the run goes on from a step, with which changes."""
-    record = {"command": sys.argv, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    record = {
+        "script": script_of(config),
+        "command": sys.argv,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
     file = folder / CONFIG
     resumed: list[Any] = []
     if step:

@@ -328,7 +328,7 @@ class Run:
         """Records that nothing is left to do, and the last evaluation, which is returned as floats."""
         values = {name: float(value) for name, value in result.items()}
         if self._writes:
-            records.write(self.folder / records.RESULT, {"step": self._total, "result": values})
+            records.write(self.folder / records.RESULT, {"step": max(self.step, self._total), "result": values})
         return values
 
     def __exit__(self, kind: type | None, *error: object) -> None:

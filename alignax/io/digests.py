@@ -18,7 +18,7 @@ def digests(leaves: Mapping[str, Any]) -> dict[str, int]:
 
     It is sum_i mix(bits_i + i * odd) mod 2^32 over words of 32 bits, of which wider elements have several and others
     one, and `mix`, the last step of MurmurHash3, is a bijection. Sums of integers know no order: arrays of devices are
-    summed where they are, shard by shard, and no copy is made, but for one leaf at a time of those in the host's memory.
+    summed where they are, shard by shard, without a copy, but for one leaf at a time of those in the host's memory.
     """
     found = {name: _of(leaf) for name, leaf in leaves.items()}
     return {name: int(value) for name, value in jax.device_get(found).items()}

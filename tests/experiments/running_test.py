@@ -222,6 +222,9 @@ def test_changes_are_named(whole, tmp_path):
     assert record["config"]["rate"] == 0.5 and [x["step"] for x in record["resumed"]] == [2, 2]
     assert record["resumed"][1]["changes"] == {"rate": [0.1, 0.5], "steps": [6, 8]}
     assert len((free.output / "metrics.jsonl").read_text().splitlines()) == 9
+    (free.output / "result.json").unlink()
+    work(dataclasses.replace(other, output=free.output, accept_changes=True, steps=7), data=(1, 3))
+    assert json.loads((free.output / "result.json").read_text())["step"] == 8  # there is more than was asked for
 
 
 @pytest.mark.filterwarnings("ignore:step 2. not finite")
@@ -256,6 +259,7 @@ def test_options_that_mean_nothing_are_refused_at_once(tmp_path, options, messag
     "name, content, message",
     [
         ("config.json", "[]", "no output folder of a run, config.json cannot be read"),
+        ("config.json", '{"config": {}, "script": "sft.py"}', r"begun by sft\.py, this is running_test\.py"),
         ("config.json", '{"config": 3}', "no output folder of a run, config.json cannot be read"),
         ("result.json", "", r"result\.json: is not JSON .*remove it"),
     ],
@@ -277,6 +281,15 @@ def test_lost_lines_are_told(whole, tmp_path):
     (config.output / "metrics.jsonl").write_text("".join(lines[:3]))
     with pytest.warns(RuntimeWarning, match="ends with step 2; expected all up to step 4"):
         assert work(config) == whole[1]
+
+
+def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is no folder that this process may write in"):
+        running.Run(Config(tmp_path / "file" / "out"), total=1)
+    monkeypatch.setattr(records.os, "access", lambda path, how: False)
+    with pytest.raises(ValueError, match=rf"{tmp_path} is no folder that this process may write in"):
+        running.Run(Config(tmp_path / "new" / "out"), total=1)
 
 
 def test_a_file_system_without_locks_is_not_in_use(tmp_path, monkeypatch):
