@@ -162,25 +162,26 @@ def trips(module: Module, computation: Computation, loop: Instruction, unknown: 
     if known:
         return float(known.group(1))
     bounds = _bounds(module, computation, loop)
-    return max(0.0, min(stop - start for _, start, stop in bounds)) if bounds else unknown(module, loop)
+    rounds = (math.ceil((stop - start) / step) for _, start, stop, step in bounds)
+    return max(0.0, min(rounds)) if bounds else unknown(module, loop)
 
 
-def _bounds(module: Module, computation: Computation, loop: Instruction) -> list[tuple[int, float, float]]:
-    """(place of the counter, its first value, bound) of every comparison that ends a loop which counts by ones."""
+def _bounds(module: Module, computation: Computation, loop: Instruction) -> list[tuple[int, float, float, float]]:
+    """(place of the counter, its first value, bound, step) of every comparison that ends a loop which counts."""
     condition = module.computations[loop.attribute("condition") or ""]
     body = module.computations[loop.attribute("body") or ""]
     found = []
     for compared in _comparisons(module, condition, condition.root):
         where, (left, right) = compared
         place = _carried(where, left)
-        if place is None or not _counts(module, body, place):
+        if place is None or (step := _step(module, body, place)) is None:
             continue
         start = _initial(module, computation, loop, place)
         bound = _number(where, right)
         if bound is None and (other := _carried(where, right)) is not None and _kept(body, other):
             bound = _initial(module, computation, loop, other)
         if start is not None and bound is not None:
-            found.append((place, start, bound))
+            found.append((place, start, bound, step))
     return found
 
 
@@ -227,22 +228,23 @@ def _initial(module: Module, computation: Computation, loop: Instruction, place:
         return value
     if x.op == "get-tuple-element" and (before := computation.inputs(x)[0]).op == "while":
         other = int(x.attribute("index") or 0)
-        stops = [stop for at, _, stop in _bounds(module, computation, before) if at == other]
+        stops = [stop for at, _, stop, _ in _bounds(module, computation, before) if at == other]
         return min(stops) if stops else None
     return None
 
 
-def _counts(module: Module, body: Computation, place: int) -> bool:
-    """Whether a loop's body adds one to a part of its tuple; a fused addition is taken for that."""
+def _step(module: Module, body: Computation, place: int) -> float | None:
+    """The number above 0 that a loop's body adds to a part of its tuple; a fused addition is taken for that."""
     if body.root.op != "tuple":
-        return False
+        return None
     x = body.instructions[body.root.operands[place]]
     while x.op in ("bitcast", "copy") and body.inputs(x):
         x = body.inputs(x)[0]
     if x.op == "fusion":
         inner = module.computations[x.called[0]]
         x, body = inner.root, inner
-    return x.op == "add" and any(_number(body, y) == 1 for y in body.inputs(x))
+    numbers = [_number(body, y) for y in body.inputs(x)] if x.op == "add" else []
+    return next((number for number in numbers if number is not None and number > 0), None)
 
 
 def _kept(body: Computation, place: int) -> bool:
