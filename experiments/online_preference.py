@@ -5,7 +5,7 @@
 A preference is a function `prefer(prompts, first, second, **columns) -> list[float]` in a file of your own, the
 probability that the first completion is the better one; or a reward (`--reward`, as for grpo.py) read as Bradley-Terry
 does, sigmoid(scale (r1 - r2)). Every pair is shown in both orders. It gets the columns of the data, and
-`first_truncated`, `second_truncated`.
+`first_truncated`, `second_truncated`. One process does all of it, on as many devices as it has.
 
 Methods, by who samples: the policy twice (dpo, dpo_soft, ipo, ipo_soft), the geometric mixture of policy and reference
 twice (ipo_md), policy and reference (xpo), the policy against that mixture (nash_md) or against an average of its past
@@ -145,6 +145,8 @@ class Config(rollouts.Options, running.Options):
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after a rollout, or mean nothing."""
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes; expected one, which judges all pairs of completions")
     if bool(config.prefer) == bool(config.reward):
         raise ValueError(f"prefer={config.prefer!r}, reward={config.reward!r}; expected one of them")
     if config.method == "sppo" and config.reference_every < 1:

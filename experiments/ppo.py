@@ -14,7 +14,6 @@ of the entropy bonus (`--entropy-target`).
 """
 
 import dataclasses
-import json
 import pathlib
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -222,7 +221,7 @@ def save(config: Config, loaded: hf.Loaded, learner: Learner, states: States, ke
             hf.save(records.cleared(config.output / name), *network, loaded.tokenizer)
     if config.value_normalisation:
         units = {"mean": float(kept.values.mean), "variance": float(kept.values.variance)}
-        (config.output / "value_norm.json").write_text(json.dumps(units) + "\n")
+        records.everywhere(lambda: records.write(config.output / "value_norm.json", units))
 
 
 def learn_from(

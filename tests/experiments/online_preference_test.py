@@ -164,6 +164,13 @@ def test_refusals(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    config = online_preference.Config(model="nowhere", data="nothing", output=tmp_path / "out", reward="last_number")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes; expected one"):
+        online_preference.check(config, jax.sharding.AbstractMesh((1,), ("data",)))
+
+
 def test_a_preference_that_is_not_there(tmp_path):
     _, mine = write(tmp_path)
     with pytest.raises(ValueError, match=r"--prefer nothing: expected FILE\.py:FUNCTION with a file there is"):
