@@ -8,6 +8,7 @@ its shape. Pickled weights are never opened and code from a folder is never run.
 import contextlib
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
@@ -288,12 +289,23 @@ def appearing(folder: Path) -> Iterator[Path | None]:
         partial.mkdir(parents=True)
         try:
             yield partial
+            for path in [*partial.rglob("*"), partial]:
+                _settle(path)
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial)
             raise
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"alignax.io: {folder.name}")
+
+
+def _settle(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on disk: a name that appears must not stand for less."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
