@@ -10,7 +10,7 @@ from typing import Any
 import actors
 import checks
 import jax
-import peers
+import survivors
 
 from alignax import distributed, sharding
 
@@ -50,13 +50,13 @@ def on_mesh(main: Callable) -> Callable[[Any], Any]:
     """Makes `main(config)` of `main(config, mesh)`: it joins the processes and makes the mesh.
 
     A mesh of several devices is in effect (`jax.set_mesh`). Of several processes only the first prints, and when one
-    dies the others end with the exit code `peers.PEER_LOST`.
+    dies the others end with the exit code `survivors.PEER_LOST`.
     """
 
     @functools.wraps(main)
     def started(config: Any) -> Any:
         several = distributed.initialise(config.coordinator, config.processes, config.process)
-        with peers.watching() if several else contextlib.nullcontext(), _quiet(not distributed.is_first()):
+        with survivors.watching() if several else contextlib.nullcontext(), _quiet(not distributed.is_first()):
             mesh = make_mesh(config)
             if mesh.size == 1:
                 return main(config, mesh)

@@ -2,7 +2,7 @@
 
 The output folder has config.json, metrics.jsonl, TensorBoard scalars, curves.png, checkpoints/ with what
 `alignax.io.checkpoint` writes, a file run.lock, held by the run that works there, and at the end result.json. Exit
-codes are those below and `peers.PEER_LOST`.
+codes are those below and `survivors.PEER_LOST`.
 """
 
 import contextlib

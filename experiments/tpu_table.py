@@ -23,7 +23,10 @@ CASES: tuple[dict[str, Any], ...] = (
     {**V5E, "algorithm": "decode", "tensor": 8, "batch": 512, "length": 512, "new_tokens": 512},
     *({**V5P, "algorithm": name, **SPLIT, "batch": 64 * n, "length": 4096} for name, n in UPDATES.items()),
     {**V5P, "algorithm": "decode", "tensor": 8, "batch": 1024, "length": 1024, "new_tokens": 1024},
-    *({**LARGE, "algorithm": name, "fsdp": 128, "tensor": 4, "batch": 512 * n, "length": 4096} for name, n in UPDATES.items()),
+    *(
+        {**LARGE, "algorithm": name, "fsdp": 128, "tensor": 4, "batch": 512 * n, "length": 4096}
+        for name, n in UPDATES.items()
+    ),
     {**LARGE, "algorithm": "decode", "tensor": 8, "batch": 1024, "length": 1024, "new_tokens": 1024},
 )
 GROWING = {16: "4x4", 64: "8x8", 256: "16x16"}

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import peers
 import restarts
 import running
+import survivors
 from restarts import Job, Life
 from tiny_folder import save_tiny_model  # pyright: ignore[reportMissingImports]
 
@@ -344,7 +344,7 @@ def bereaved(work: Work, case: str) -> str:
     began = time.monotonic()
     code = lives[1 - victim].wait(60)
     seconds, said = time.monotonic() - began, lives[1 - victim].said()
-    assert code == peers.PEER_LOST and "another process died" in said, f"ended with {code}:\n{said[-4000:]}"
+    assert code == survivors.PEER_LOST and "another process died" in said, f"ended with {code}:\n{said[-4000:]}"
     for life in pair(work, case, "two, killed"):
         assert life.wait() == 0, life.said()[-4000:]
     found = restarts.differences(alone[0].job.output, folder)

@@ -9,11 +9,12 @@ import numpy as np
 import packed
 import preference
 import pytest
+from jax.sharding import AbstractMesh
 
 from alignax import data
 from alignax.data import TokenRow, batching
 
-MESH = SimpleNamespace(shape={"data": 2})
+MESH = AbstractMesh((2,), ("data",))
 ROWS = [TokenRow(np.full(length, 3, np.int32), np.ones(length, bool)) for length in [4, 6] * 20]
 BATCHES = partial(data.batches, collate=batching.supervised, batch_size=16, buckets=[4, 8])
 
