@@ -38,11 +38,8 @@ def test_grpo_samples_in_bfloat16_and_keeps_what_it_samples(tiny_folder, tmp_pat
     lines = [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(value) for line in lines for value in line.values())
     names = {f"parity/{name}" for name in ("max", "mean", "k3", "outside")}
-    assert [names & line.keys() for line in lines] == [
-        set(),
-        names,
-        names,
-    ]  # of the first rollout, and where it evaluates
+    # of the first rollout, and where it evaluates
+    assert [names & line.keys() for line in lines] == [set(), names, names]
     saved = sorted(x.name for x in (config.output / "rollouts").iterdir())
     assert saved == ["step-000001.parquet", "step-000002.parquet"]
     found = data.rollouts.read(config.output / "rollouts")
