@@ -221,3 +221,10 @@ def test_an_update_compiles_for_a_small_topology():
     assert found["model_flops"] == whole.model_flops / 4
     assert 1 <= found["flops"] / found["model_flops"] < 2  # recomputation, and the kernel's whole blocks
     assert found["total"] < 2**30 and found["sent"]["all-reduce"] > 0
+
+
+def test_the_table_as_committed_lists_the_cases_that_there_are():
+    lines = (EXPERIMENTS / "tpu.md").read_text().splitlines()
+    rows = [tuple(line.strip("| ").split(" | "))[:3] for line in lines if line.startswith(("| llama", "| mixtral"))]
+    cases = [compile_tpu.Config(**case) for _, part in tpu_table.PARTS for case in part]
+    assert rows == [(case.model, case.algorithm, case.topology) for case in cases]
