@@ -57,6 +57,8 @@ def initialise(
         return False
     arguments: dict[str, Any] = found or {}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # which XLA's CPU client asks for at its birth
+    # Two programs at once may each hold the threads that the other's collectives wait for: seen on two cores.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             **arguments, initialization_timeout=wait_seconds, heartbeat_timeout_seconds=heartbeat_seconds
