@@ -15,10 +15,9 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from hlo import Instruction, Module, Unknown
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alignax import losses, sampling, sharding, train
@@ -89,15 +88,7 @@ def make_mesh(topology: str, axes: dict[str, int]) -> Mesh:
       ValueError: when the axes do not multiply to the number of devices.
     """
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    axes = {"data": len(devices) // math.prod(axes.values()), **axes}
-    sizes = [axes[name] for name in sharding.AXES]
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {axes} of topology {topology}, which has {len(devices)} devices")
-    try:
-        grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
-    except (NotImplementedError, ValueError, AssertionError):
-        grid = np.array(devices).reshape(sizes)
-    return Mesh(grid, sharding.AXES)
+    return sharding.make_mesh(devices, **{name: axes.get(name, -1 if name == "data" else 1) for name in sharding.AXES})
 
 
 @contextmanager
