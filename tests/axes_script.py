@@ -6,8 +6,10 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from alignax import logprobs, sampling, sharding
+from alignax import logprobs, sampling, sharding, train
+from alignax.algorithms import sft
 from alignax.models import RULES, TransformerConfig, transformer
 
 DENSE = TransformerConfig(
@@ -74,7 +76,20 @@ def check_decoding():
     assert not any(re.search(r"16,|,16\]", shape) for shape in gathered[0]), gathered[0]
 
 
+def check_places():
+    """After an update every leaf of the state lies where it lay before."""
+    model, mesh, optimizer = transformer(DENSE), sharding.make_mesh(fsdp=2, sequence=2, tensor=2), optax.sgd(0.1)
+    create = sharding.born_sharded(lambda key: train.TrainState.create(model.init(key), optimizer), mesh, RULES)
+    state, batch = create(jax.random.key(0)), sharding.shard_batch(sft.Batch(TOKENS, SEGMENTS, MASK), mesh)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    with jax.set_mesh(mesh):
+        state, _ = sharding.in_place(train.make_update(sft.make_loss(model), optimizer))(state, batch)
+    moved = jax.tree.map(lambda x, place: not x.sharding.is_equivalent_to(place, x.ndim), state, before)
+    assert not any(jax.tree.leaves(moved)), moved
+
+
 if __name__ == "__main__":
+    check_places()
     text = check_update(DENSE, fsdp=2, sequence=2, tensor=2)
     assert kinds(text)["all-to-all"] > 0  # tokens for heads
     check_update(ODD, data=2, fsdp=2, tensor=2)  # a vocabulary that no axis divides
