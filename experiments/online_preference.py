@@ -5,7 +5,7 @@
 A preference is a function `prefer(prompts, first, second, **columns) -> list[float]` in a file of your own, the
 probability that the first completion is the better one; or a reward (`--reward`, as for grpo.py) read as Bradley-Terry
 does, sigmoid(scale (r1 - r2)). Every pair is shown in both orders. It gets the columns of the data, and
-`first_truncated`, `second_truncated`. One process does all of it, on as many devices as it has.
+`first_truncated`, `second_truncated`. Of several processes each judges its own prompts, and all know the preferences.
 
 Methods, by who samples: the policy twice (dpo, dpo_soft, ipo, ipo_soft), the geometric mixture of policy and reference
 twice (ipo_md), policy and reference (xpo), the policy against that mixture (nash_md) or against an average of its past
@@ -37,7 +37,7 @@ import running
 import suspects
 import tyro
 
-from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
+from alignax import data, distributed, losses, models, reduce, rewards, sampling, sharding, train
 from alignax.algorithms import nash_md, preference
 from alignax.data import text
 from alignax.io import hf
@@ -145,8 +145,6 @@ class Config(rollouts.Options, running.Options):
 
 def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses at once what would fail after a rollout, or mean nothing."""
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes; expected one, which judges all pairs of completions")
     if bool(config.prefer) == bool(config.reward):
         raise ValueError(f"prefer={config.prefer!r}, reward={config.reward!r}; expected one of them")
     if config.method == "sppo" and config.reference_every < 1:
@@ -160,6 +158,32 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     rollouts.check_options(config)
 
 
+@partial(jax.jit, static_argnums=0)
+def side_by_side(count: int, parts: Sequence[sampling.Samples]) -> sampling.Samples:
+    """Samples of several players for so many prompts, leaves [B * n, ...] of each, as [B, N, ...]."""
+    apart = [jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), part) for part in parts]
+    return jax.tree.map(lambda *x: sharding.constrain(jnp.concatenate(x, axis=1), sharding.ROW_AXES), *apart)
+
+
+@jax.jit
+def in_rows(samples: sampling.Samples) -> sampling.Samples:
+    """Leaves [B, N, ...] as [B * N, ...]."""
+    return jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, *x.shape[2:]), sharding.ROW_AXES), samples)
+
+
+@jax.jit
+def chosen(samples: Any, which: Any) -> Any:
+    """Of leaves [B, N, ...] those of the players `which` [B, K], as [B, K, ...]."""
+    at = jnp.asarray(which)[:, :, None]
+    return jax.tree.map(lambda x: sharding.constrain(jnp.take_along_axis(x, at, axis=1), sharding.ROW_AXES), samples)
+
+
+@jax.jit
+def of_first(samples: Any) -> Any:
+    """Of leaves [B, N, ...] those of the first player, as [B, ...]."""
+    return jax.tree.map(lambda x: sharding.constrain(x[:, 0], sharding.ROW_AXES), samples)
+
+
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
     """Makes `draw(params, asked, key)`: the samples of each player, side by side, leaves [B, N, ...]."""
     counts = collections.Counter(players)
@@ -171,29 +195,37 @@ def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Call
     def draw(params: dict[str, Params], asked: tuple[jax.Array, jax.Array], key: jax.Array) -> sampling.Samples:
         keys = jax.random.split(key, len(samplers))
         drawn = [sample(params[player], *asked, k) for (player, sample), k in zip(samplers.items(), keys)]
-        apart = [jax.tree.map(lambda x: x.reshape(len(asked[0]), -1, *x.shape[1:]), samples) for samples in drawn]
-        return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *apart)
+        return side_by_side(len(asked[0]), drawn)
 
     return draw
 
 
 class Verdict(NamedTuple):
-    """What is said about [B, N] samples. preferences: `[B, N, N]`, how probably each is better than each other."""
+    """What is said about [B, N] samples. preferences: `[B, N, N]`, how probably each is better than each other.
+
+    completions: of the prompts that this process looks after (`distributed.own_rows`), all where it is alone.
+    """
 
     completions: list[list[str]]
     preferences: np.ndarray
 
 
-def ask(prefer: rewards.Preference, asked: dict, completions: list[list[str]], cut: np.ndarray) -> np.ndarray:
-    """What a preference function says of all pairs of each prompt's completions; cut [B, N]: which were cut off."""
+def ask(
+    prefer: rewards.Preference, asked: dict, own: np.ndarray, completions: list[list[str]], cut: np.ndarray
+) -> np.ndarray:
+    """What a preference function says of all pairs of each prompt's completions, of the prompts `own` of a batch.
+
+    cut [own, N]: which were cut off.
+    """
     rows, count = cut.shape
     pairs = [(b, i, j) for b in range(rows) for i in range(count) for j in range(i + 1, count)]
     names = {name: None for row in asked["columns"] for name in row}
-    columns = {name: [asked["columns"][b].get(name) for b, _, _ in pairs] for name in names}
+    columns = {name: [asked["columns"][own[b]].get(name) for b, _, _ in pairs] for name in names}
     first, second = ([completions[pair[0]][pair[side]] for pair in pairs] for side in (1, 2))
     first_cut, second_cut = ([bool(cut[pair[0], pair[side]]) for pair in pairs] for side in (1, 2))
-    prompts = [asked["prompts"][b] for b, _, _ in pairs]
-    found = rewards.compare(prefer, prompts, first, second, columns, {"truncated": (first_cut, second_cut)})
+    prompts = [asked["prompts"][own[b]] for b, _, _ in pairs]
+    sides = {"truncated": (first_cut, second_cut)}
+    found = rewards.compare(prefer, prompts, first, second, columns, sides) if pairs else ()
     matrix = np.full((rows, count, count), 0.5, np.float32)
     for (b, i, j), p in zip(pairs, found):
         matrix[b, i, j], matrix[b, j, i] = p, 1 - p
@@ -206,21 +238,28 @@ def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Sa
     summands = [] if prefer else [rollouts.rule(config.reward, 1.0)]
 
     def judge(asked: dict, samples: sampling.Samples) -> Verdict:
-        cut = common.to_host(samples.truncated)
-        count = cut.shape[1]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
-        texts = text.decode(loaded.tokenizer, flat.tokens, flat.mask, eos_ids=loaded.eos_ids)
-        completions = [list(texts[i : i + count]) for i in range(0, len(texts), count)]
+        count = samples.truncated.shape[1]
         if prefer:
-            preferences = ask(prefer, asked, completions, cut)
+            own = distributed.own_rows(samples.tokens)
+            here = distributed.take_own_rows({name: getattr(samples, name) for name in ("tokens", "mask", "truncated")})
+            tokens, mask = (here[name].reshape(-1, here[name].shape[-1]) for name in ("tokens", "mask"))
+            completions = grouped(text.decode(loaded.tokenizer, tokens, mask, eos_ids=loaded.eos_ids), count)
+            found = ask(prefer, asked, own, completions, here["truncated"])
+            preferences = distributed.join_rows(found, samples.tokens)
         else:
-            scores = rollouts.judge(summands, loaded, asked, flat, count).reward.reshape(-1, count)
+            verdict = rollouts.judge(summands, loaded, asked, in_rows(samples), count)
+            completions, scores = grouped(verdict.completions, count), verdict.reward.reshape(-1, count)
             preferences = common.to_host(rewards.preference_matrix(jnp.asarray(config.reward_scale * scores)))
-        missing = cut.astype(np.float32)
+        missing = common.to_host(samples.truncated).astype(np.float32)
         shift = config.missing_eos_penalty * (missing[:, None, :] - missing[:, :, None])
         return Verdict(completions, rewards.shift_preference(preferences, shift))
 
     return judge
+
+
+def grouped(texts: Sequence[str], count: int) -> list[list[str]]:
+    """Texts of rows as lists of so many, one for each prompt."""
+    return [list(texts[i : i + count]) for i in range(0, len(texts), count)]
 
 
 def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., dict[str, Any]]:
@@ -236,13 +275,11 @@ def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Ca
     compare = jax.jit(partial(sampling.parity_report, model, temperature=config.temperature))
 
     def record(step: int, policies: dict[str, Params], asked: dict, samples: sampling.Samples, verdict: Verdict):
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
         rates = rewards.mean_win_rates(jnp.asarray(verdict.preferences), include_self=False)
         texts = [text for row in verdict.completions for text in row]
         about = {"row_ids": (np.arange(len(rates))[:, None] * counts + own).ravel(), "player": [*players] * len(rates)}
-        rollouts.save(config, loaded, step, asked, flat, common.to_host(rates).ravel(), {}, texts, **about)
-        first = jax.tree.map(lambda x: x[:, 0], samples)
-        return rollouts.parity_metrics(compare(policies[players[0]], first)) if step == 1 else {}
+        rollouts.save(config, loaded, step, asked, in_rows(samples), common.to_host(rates).ravel(), {}, texts, **about)
+        return rollouts.parity_metrics(compare(policies[players[0]], of_first(samples))) if step == 1 else {}
 
     return record
 
@@ -271,9 +308,8 @@ def make_batch(
     metrics = {"preference": preferences[counted, 0, 1].mean()}
     if loss is losses.nash_md:
         weights = jnp.asarray(counted, jnp.float32)
-        own = [part[:, 0] for part in parts]
-        return nash_md.Batch(*own, preference=jnp.asarray(preferences[:, 0, 1]), weights=weights), metrics
-    rates = np.asarray(rewards.mean_win_rates(jnp.asarray(preferences)))
+        return nash_md.Batch(*of_first(parts), preference=jnp.asarray(preferences[:, 0, 1]), weights=weights), metrics
+    rates = common.to_host(rewards.mean_win_rates(jnp.asarray(preferences)))
     sides, tie = np.stack([rates.argmax(axis=1), rates.argmin(axis=1)], axis=1), np.ptp(rates, axis=1) < 1e-6
     sides[tie] = [0, 1]
     if "preference" in losses.needed(loss):  # a soft label knows no order, and learns from a tie what it says
@@ -287,7 +323,7 @@ def make_batch(
     used = counted & (config.keep_ties | ~tie)
     metrics |= {"ties": tie[counted].mean()}
     return preference.Batch(
-        *(part[rows[:, None], sides] for part in parts),
+        *chosen(parts, sides),
         weights=jnp.asarray(used, jnp.float32),
         extra={name: jnp.asarray(extra[name]) for name in losses.needed(loss)},
     ), metrics
@@ -295,31 +331,40 @@ def make_batch(
 
 def describe(samples: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
     """What samples were like, over the prompts that count."""
-    shares = [1 - len(set(found)) / len(found) for found in verdict.completions]
-    means = {"length": samples.lengths[counted].mean(), "truncated": samples.truncated[counted].mean()}
-    return means | {"duplicates": np.array(shares)[counted].mean()}
+    distinct = np.array([len(set(found)) for found in verdict.completions], np.int32)
+    distinct = distributed.join_rows(distinct, samples.tokens)
+    sizes = common.to_host({"length": samples.lengths, "truncated": samples.truncated})
+    means = {name: x[counted].mean() for name, x in sizes.items()}
+    return means | {"duplicates": (1 - distinct / samples.lengths.shape[1])[counted].mean()}
 
 
 def make_evaluate(
-    config: Config, loaded: hf.Loaded, judge: Callable[..., Verdict], asked: dict
+    config: Config, loaded: hf.Loaded, judge: Callable[..., Verdict], asked: dict, mesh: jax.sharding.Mesh
 ) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
-    """Makes `evaluate(params) -> (metrics, completions)`: how often held-out completions beat those of the start."""
-    key, rows = jax.random.key(config.seed + 1), (asked["tokens"], asked["lengths"])
+    """Makes `evaluate(params) -> (metrics, completions)`: how often held-out completions beat those of the start.
+
+    Its devices share the prompts, of which there are as many as divide (`rollouts.Prompts.questions`).
+    """
+    key, counted = jax.random.key(config.seed + 1), asked["weights"] > 0
+    *rows, counts = sharding.shard_batch((asked["tokens"], asked["lengths"], counted), mesh)
     draw = make_draw(config, loaded, ("policy", "start"))
     logp = jax.jit(partial(token_logprobs, loaded.model))
+    moved = jax.jit(lambda new, old, mask, counts: reduce.sequence_sum(new - old, mask & counts[:, None]).value())
 
     def evaluate(params: Params) -> tuple[dict[str, float], Sequence[str]]:
         samples = draw({"policy": params, "start": loaded.params}, rows, key)
         verdict = judge(asked, samples)
-        own = jax.tree.map(lambda x: x[:, 0], samples)
+        own = of_first(samples)
         scored = [logp(p, own.tokens, own.segments, mask=own.mask) for p in (params, loaded.params)]
+        sizes = common.to_host({"length": own.lengths, "truncated": own.truncated})
         values = {
-            "win_rate": verdict.preferences[:, 0, 1].mean(),
-            "kl": reduce.sequence_sum(scored[0] - scored[1], own.mask).value(),
-            "length": own.lengths.mean(),
-            "truncated": own.truncated.mean(),
+            "win_rate": verdict.preferences[counted, 0, 1].mean(),
+            "kl": moved(*scored, own.mask, counts),
+            **{name: x[counted].mean() for name, x in sizes.items()},
         }
-        return {f"held_out/{name}": float(value) for name, value in values.items()}, [x[0] for x in verdict.completions]
+        texts = [found[0] for found in verdict.completions]
+        texts = texts if jax.process_count() == 1 else rollouts.all_texts(loaded, own)
+        return {f"held_out/{name}": float(value) for name, value in values.items()}, texts
 
     return evaluate
 
@@ -343,8 +388,8 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     update = train.make_update(make_loss(config, loaded.model), optimizer, microbatches=config.microbatches)
     update, place = sharding.in_place(update), partial(sharding.shard_batch, mesh=mesh)
     draw, record = make_draw(config, loaded, players), make_record(config, loaded, players)
-    follow, questions = jax.jit(train.ema), prompts.questions()
-    evaluate = make_evaluate(config, loaded, judge, questions)
+    follow, questions = jax.jit(train.ema), prompts.questions(sharding.row_devices(mesh))
+    evaluate = make_evaluate(config, loaded, judge, questions, mesh)
 
     def everything() -> dict[str, Any]:  # what does not move is the model as it was loaded
         moved = {"reference": reference} if config.reference_every else {}
@@ -379,7 +424,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
-            run.log(step, metrics, partial(suspects.of_players, asked, samples, verdict))
+            run.log(step, metrics, partial(suspects.of_players, asked, in_rows(samples), verdict))
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)

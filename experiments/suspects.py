@@ -84,11 +84,10 @@ def of_rollout(
 
 
 def of_players(asked: Mapping[str, Any], samples: sampling.Samples, verdict: Any) -> Rows:
-    """The same of samples side by side, leaves [B, N, ...], judged by preferences [B, N, N]; in one process."""
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)
+    """The same of rows [B * N, ...] that were judged by preferences [B, N, N]; a row's reward is its win rate."""
     rewards = np.asarray(verdict.preferences).mean(axis=2).ravel()
     completions = [text for texts in verdict.completions for text in texts]
-    return of_rollout(asked, flat, types.SimpleNamespace(reward=rewards, completions=completions))
+    return of_rollout(asked, samples, types.SimpleNamespace(reward=rewards, completions=completions))
 
 
 def of_batch(

@@ -164,11 +164,18 @@ def test_refusals(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    config = online_preference.Config(model="nowhere", data="nothing", output=tmp_path / "out", reward="last_number")
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 processes; expected one"):
-        online_preference.check(config, jax.sharding.AbstractMesh((1,), ("data",)))
+def test_a_process_asks_about_its_own_prompts_alone():
+    """As told by `own`; about nothing it asks nothing, whatever columns the preference wants."""
+
+    def prefer(prompts, first, second, *, answer, first_truncated, second_truncated):
+        assert prompts and answer == [int(prompt) for prompt in prompts]
+        return [0.9 if cut and not other else 0.5 for cut, other in zip(first_truncated, second_truncated)]
+
+    asked = {"prompts": ["0", "1", "2"], "columns": [{}, {}, {"answer": 2}]}
+    found = online_preference.ask(prefer, asked, np.array([2]), [["a", "b"]], np.array([[False, True]]))
+    np.testing.assert_allclose(found, [[[0.5, 0.3], [0.7, 0.5]]], rtol=1e-6)
+    nothing = online_preference.ask(prefer, asked, np.array([], int), [], np.zeros((0, 2), bool))
+    assert nothing.shape == (0, 2, 2)
 
 
 def test_a_preference_that_is_not_there(tmp_path):
