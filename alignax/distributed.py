@@ -31,6 +31,7 @@ def initialise(
     *,
     heartbeat_seconds: int = 30,
     wait_seconds: int = 300,
+    shutdown_seconds: int = 300,
 ) -> bool:
     """Joins the processes that the arguments or the environment name; says whether there are several.
 
@@ -43,6 +44,8 @@ def initialise(
       process: the number of this one, from 0.
       heartbeat_seconds: after so long a silence a process counts as dead, and JAX ends all others (by SIGABRT).
       wait_seconds: how long to wait for the others at the start.
+      shutdown_seconds: how long at the end, also after an error, which the others learn of only when this is over. A
+        process that is done must not wait in vain for one that still writes: it would fail.
 
     Raises:
       ValueError: for arguments that are wrong, or of which some are missing.
@@ -61,7 +64,10 @@ def initialise(
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
-            **arguments, initialization_timeout=wait_seconds, heartbeat_timeout_seconds=heartbeat_seconds
+            **arguments,
+            initialization_timeout=wait_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=shutdown_seconds,
         )
     except OSError as error:
         if found is not None:

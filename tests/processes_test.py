@@ -316,10 +316,12 @@ def test_who_is_joined(monkeypatch, environment, given, expected):
         with pytest.raises(ValueError, match=expected.replace("[", r"\[")):
             distributed.initialise(*given)
         return
-    assert distributed.initialise(*given, heartbeat_seconds=9) is False  # of this process nobody knows others
+    assert (
+        distributed.initialise(*given, heartbeat_seconds=9, shutdown_seconds=8) is False
+    )  # of this process nobody knows others
     names = ("coordinator_address", "num_processes", "process_id")
     assert [tuple(found.get(name) for name in names) for found in called] == ([] if expected is None else [expected])
-    assert all(found["heartbeat_timeout_seconds"] == 9 for found in called)
+    assert all(found["heartbeat_timeout_seconds"] == 9 and found["shutdown_timeout_seconds"] == 8 for found in called)
 
 
 if __name__ == "__main__":
