@@ -112,6 +112,7 @@ class Run:
         self._lock: Any = None
         self._ending: tuple[int, str] | None = None  # exit code and reason
         self._handlers: dict[int, Any] = {}
+        self._counts: watch.Counts = {}
         wanted = {"resume": self._options["resume"] == "auto", "accept": self._options["accept_changes"]}
         found = records.everywhere(lambda: records.inspect(self.folder, config, free=FREE, **wanted))
         self._changes: dict[str, Any] = found["changes"]
@@ -252,7 +253,7 @@ class Run:
         self._bar.set_postfix({n: common.format_number(values[n]) for n in self._show if n in values}, refresh=False)
         self._bar.update(step - self._bar.n)
         try:
-            watch.act(self._config, self.history, step, values, rows)
+            watch.act(self._config, self.history, step, values, rows, self._counts)
         except watch.Stop as stop:
             if not self.end(STOPPED, str(stop)):
                 raise

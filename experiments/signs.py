@@ -1,6 +1,9 @@
 """The signs that a run goes wrong: which metric shows each, what it means, why it happens and what helps."""
 
-from collections.abc import Callable, Mapping, Sequence
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +20,9 @@ class Sign(NamedTuple):
     why: str  # and what to do
     about: tuple[str, bool]  # a number of `suspects.Rows`, and whether the largest stand out
     below: bool = False  # crossed from above
-    values: Callable[[History, str, int], Points] | None = None  # of (history, name, window); None: as logged
+    values: Callable[[History, str, int, float], Points] | None = (
+        None  # (history, name, window, since); None: as logged
+    )
 
 
 def length_metrics(lengths: np.ndarray, rewards: np.ndarray, group: int = 1) -> dict[str, float]:
@@ -37,14 +42,20 @@ def length_metrics(lengths: np.ndarray, rewards: np.ndarray, group: int = 1) -> 
     return {"length/reward_slope": float(slope), "length/reward_correlation": float(correlation)}
 
 
-def since_start(history: History, name: str, window: int) -> Points:
-    """A metric as a fraction of its mean over the first `window` points; none before there are more."""
-    points = history[name]
-    start = float(np.mean([value for _, value in points[:window]])) if points else 0.0
-    return [(step, value / start) for step, value in points[window:]] if start > 0 else []
+def after(points: Points, since: float) -> Points:
+    """Those of the points whose steps are later."""
+    return points[bisect.bisect_right(points, since, key=lambda point: point[0]) :]
 
 
-def length_share(history: History, name: str, window: int) -> Points:
+def since_start(history: History, name: str, window: int, since: float = -math.inf) -> Points:
+    """A metric as a fraction of its mean over the first `window` points; of later points those after step `since`."""
+    first = history[name][:window]
+    start = float(np.mean([value for _, value in first])) if first else 0.0
+    later = after(history[name], max(since, first[-1][0])) if start > 0 else []
+    return [(step, value / start) for step, value in later]
+
+
+def length_share(history: History, name: str, window: int, since: float = -math.inf) -> Points:
     """Which fraction of the gain in reward longer (or shorter) completions alone would have brought, at each step.
 
     share = slope (L - L_0) / (R - R_0)
@@ -53,20 +64,42 @@ def length_share(history: History, name: str, window: int) -> Points:
     what completions of one prompt get for a token more (`length_metrics`). 1 - share is the non-length reward
     gain of "A Long Way to Go: Investigating Length Correlations in RLHF", Singhal et al.
     (https://arxiv.org/abs/2310.03716), which takes it within bins of length instead. 0 where the reward has not risen
-    by two standard errors, or the length has changed by less than a tenth.
+    by two standard errors, or the length has changed by less than a tenth. Steps up to `since` are left out.
     """
-    columns = [dict(history.get(key, ())) for key in ("reward", "length", name)]
-    steps = [step for step in columns[0] if step in columns[1] and step in columns[2]]
-    if len(steps) < 2 * window:
+    columns = [history.get(key, ()) for key in ("reward", "length", name)]
+    first = list(itertools.islice(_together(columns), window))
+    rows, before = [], 0
+    for row in _together(columns, backwards=True):
+        before += row[0] <= since
+        if row[0] <= first[-1][0] or before == window:  # no window of a later step reaches as far back
+            break
+        rows.append(row)
+    if len(rows) < window:
         return []
-    series = np.array([[column[step] for step in steps] for column in columns])
-    windows = np.lib.stride_tricks.sliding_window_view(series, window, axis=1)
-    first, last = windows[:, :1], windows[:, window:]
-    gain, change, _ = last.mean(axis=2) - first.mean(axis=2)
-    noise = np.sqrt((first[0].var(axis=1) + last[0].var(axis=1)) / window)
-    counts = (gain > 2 * noise) & (np.abs(change) > 0.1 * first[1].mean())
+    steps = [step for step, _ in reversed(rows)]
+    start, series = (np.array([values for _, values in part]).T for part in (first, rows[::-1]))
+    last = np.lib.stride_tricks.sliding_window_view(series, window, axis=1)
+    gain, change = (last[i].mean(axis=1) - start[i].mean() for i in (0, 1))
+    noise = np.sqrt((start[0].var() + last[0].var(axis=1)) / window)
+    counts = (gain > 2 * noise) & (np.abs(change) > 0.1 * start[1].mean())
     share = np.where(counts, last[2].mean(axis=1) * change / np.where(counts, gain, 1.0), 0.0)
-    return list(zip(steps[2 * window - 1 :], share.tolist()))
+    return list(zip(steps[window - 1 :], share.tolist()))
+
+
+def _together(columns: Sequence[Points], *, backwards: bool = False) -> Iterator[tuple[int, list[float]]]:
+    """Step and values of the points that all columns have, from their starts or their ends; read as they are asked."""
+    walks = [iter(reversed(column) if backwards else column) for column in columns]
+    heads = [next(walk, None) for walk in walks]
+    while all(heads):
+        steps = [head[0] for head in heads if head]
+        if min(steps) == max(steps):
+            yield steps[0], [head[1] for head in heads if head]
+            behind = range(len(walks))
+        else:
+            furthest = min(steps) if backwards else max(steps)
+            behind = [i for i, step in enumerate(steps) if step != furthest]
+        for i in behind:
+            heads[i] = next(walks[i], None)
 
 
 SIGNS: dict[str, Sign] = {

@@ -3,8 +3,8 @@
 A bound is a number, a patience and a consequence, all of them flags: `--watch-kl.at 50 --watch-kl.patience 3
 --watch-kl.then stop`. It looks at its metric (see signs.py) wherever that is logged, so that a script has the bounds
 whose metrics it has. Warnings name what was seen, the bound, the usual reasons, what to do, and the rows that stand
-out. A bound that stays crossed is told of again each time its count has doubled. Nothing is remembered but the history
-of the metrics: a resumed run goes on counting.
+out. A bound that stays crossed is told of again each time its count has doubled. What is counted can be counted again
+from the history of the metrics: a resumed run goes on counting.
 """
 
 import dataclasses
@@ -15,11 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import suspects
-from signs import SIGNS, History, Sign
+from signs import SIGNS, History, Sign, after
 
 from alignax import train
 
-_REMEMBERED = 64  # patiences for which a count goes on
+Counts = dict[tuple[str, str], tuple[float, int]]
+"""By field and metric: up to which step it was counted, and how often in a row the bound was crossed then."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Finding(NamedTuple):
     about: tuple[str, bool]
 
 
-def check(options: Options, history: History, step: int, values: Mapping[str, float]) -> list[Finding]:
+def check(
+    options: Options, history: History, step: int, values: Mapping[str, float], counts: Counts | None = None
+) -> list[Finding]:
     """What there is to say of a step: bounds that have been crossed for their patience, and numbers that are none.
 
     Args:
@@ -94,13 +97,16 @@ def check(options: Options, history: History, step: int, values: Mapping[str, fl
       history: by metric, all that was logged and finite, this step included.
       step: the one just logged.
       values: all that was logged at it.
+      counts: what earlier calls counted, brought up to date, so that only what is new is read; without it, or for
+        what it lacks, the history is counted from its start.
     """
+    counts = {} if counts is None else counts
     found = [*_not_finite(step, values), *_skips(options.watch_skips, step, values)]
     for field, sign in SIGNS.items():
         bound = getattr(options, field)
         if bound.at:
             names = [name for name in values if name in history and _is(name, sign.metrics)]
-            found += [x for name in names if (x := _crossed(field, sign, bound, options, history, step, name))]
+            found += [x for name in names if (x := _crossed(field, sign, options, history, step, name, counts))]
     return found
 
 
@@ -110,12 +116,13 @@ def act(
     step: int,
     values: Mapping[str, float],
     rows: Callable[[], suspects.Rows] | None = None,
+    counts: Counts | None = None,
 ) -> None:
     """Warns of what `check` finds, and raises where a bound says stop. On several processes all call it, one speaks.
 
     Args:
       config: whose bounds count; where it has none, only updates that were left out and numbers that are none.
-      history, step, values: as in `check`.
+      history, step, values, counts: as in `check`.
       rows: gives the `suspects.Rows` of this step; called only when there is something to say of them.
 
     Warns:
@@ -124,7 +131,7 @@ def act(
     Raises:
       Stop: with the texts of all findings that stop.
     """
-    found = check(config if isinstance(config, Options) else _BARE, history, step, values)
+    found = check(config if isinstance(config, Options) else _BARE, history, step, values, counts)
     if not found:
         return
     known = None if rows is None else rows()
@@ -154,17 +161,18 @@ def _skips(bound: Bound, step: int, values: Mapping[str, float]) -> list[Finding
 
 
 def _crossed(
-    field: str, sign: Sign, bound: Bound, options: Options, history: History, step: int, name: str
+    field: str, sign: Sign, options: Options, history: History, step: int, name: str, counts: Counts
 ) -> Finding | None:
-    points = history[name] if sign.values is None else sign.values(history, name, options.watch_window)
-    if not points or points[-1][0] != step:
-        return None
-    at, count = bound.at or 0.0, 0
-    for _, value in reversed(points[-_REMEMBERED * bound.patience - 1 :]):
-        if not (value <= at if sign.below else value >= at):
-            break
-        count += 1
-    if not _due(bound, count):
+    bound: Bound = getattr(options, field)
+    since, count = counts.get((field, name), (-math.inf, 0))
+    read = sign.values or (lambda history, name, window, since: after(history[name], since))
+    points = read(history, name, options.watch_window, since)
+    at = bound.at or 0.0
+    for _, value in points:
+        count = count + 1 if (value <= at if sign.below else value >= at) else 0
+    if points:
+        counts[field, name] = points[-1][0], count
+    if not points or points[-1][0] != step or not _due(bound, count):
         return None
     seen = sign.seen.format(name=name, value=f"{points[-1][1]:.4g}")
     often = f", and the last {count} times it was logged" if count > 1 else ""

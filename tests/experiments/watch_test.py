@@ -78,6 +78,50 @@ def test_patience_counts_in_a_row_and_a_warning_returns_when_the_count_has_doubl
     assert spoke == [3, 6, 12, 24]
     assert "the last 12 times it was logged" in found(options, kl=[1.0] + [9.0] * 12)[0].text
     assert not found(options, kl=[9.0, 9.0, 1.0, 9.0, 9.0])
+    once = only("watch_kl", 5.0)
+    assert [n for n in range(1, 600) if found(once, kl=[9.0] * n)] == [2**k for k in range(10)]  # for ever
+
+
+class Read(list):
+    """Points that count how many of them were looked at."""
+
+    total = 0
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        Read.total += len(part) if isinstance(index, slice) else 1
+        return part
+
+    def walk(self, order):
+        for index in order(range(len(self))):
+            yield self[index]
+
+    def __iter__(self):
+        return self.walk(iter)
+
+    def __reversed__(self):
+        return self.walk(reversed)
+
+
+def test_a_step_reads_no_more_than_windows_and_counts_as_the_whole_history_does():
+    rng = np.random.default_rng(3)
+    bounds = {"watch_kl": 0.3, "watch_entropy": 0.95, "watch_length": 0.4}
+    options = dataclasses.replace(only("watch_kl"), **{name: watch.Bound(at) for name, at in bounds.items()})
+    names = ("kl", "entropy", "reward", "length", "length/reward_slope")
+    history, counts, spoke = {name: Read() for name in names}, {}, set()
+    for step in range(1, 301):
+        values = {"kl": rng.uniform(), "entropy": rng.uniform(0.5, 1.5), "reward": step + rng.normal()}
+        if step % 3:
+            values |= {"length": 20 + step + rng.normal(), "length/reward_slope": rng.uniform(0.0, 0.8)}
+        for name, value in values.items():
+            history[name].append((step, value))
+        Read.total = 0
+        new = watch.check(options, history, step, values, counts)
+        # kl is searched; entropy is, too, and has its start; three have their start and a window, at two steps of three
+        assert Read.total < 2 * 10 + 4 + 3 * 2 * (4 + 2) + 10
+        assert new == watch.check(options, history, step, values)
+        spoke |= {finding.field for finding in new}
+    assert spoke == bounds.keys()
 
 
 def test_a_stop_comes_at_every_step_once_the_patience_is_over():
