@@ -3,6 +3,7 @@
 Only the first process touches them; `everywhere` tells the others.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import IO, Any
 
 import jax
@@ -148,18 +149,25 @@ def begin(folder: pathlib.Path, config: Any, *, step: int, changes: dict[str, An
 
 def cut(folder: pathlib.Path, step: int) -> list[dict[str, Any]]:
     """Cuts metrics.jsonl back to what was logged up to a step, and gives that: a line half written goes, too."""
-    file = folder / LINES
-    lines = file.read_bytes().split(b"\n")[:-1] if step and file.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # after a full disk, say
-            continue
-        if entry["step"] <= step:
-            kept.append((line, entry))
-    _replace(file, b"".join(line + b"\n" for line, _ in kept))
+    kept = [(line, entry) for line, entry in _logged(folder) if entry["step"] <= step] if step else []
+    _replace(folder / LINES, b"".join(line + b"\n" for line, _ in kept))
     return [entry for _, entry in kept]
+
+
+def left(folder: pathlib.Path) -> str:
+    """What an earlier life of the run logged, in words; empty when none began here."""
+    if not (folder / CONFIG).exists():
+        return ""
+    steps = [entry["step"] for _, entry in _logged(folder)]
+    return f"{LINES} ends with step {steps[-1]}" if steps else f"{LINES} is empty"
+
+
+def _logged(folder: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of metrics.jsonl, as bytes and as JSON."""
+    file = folder / LINES
+    for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
+        with contextlib.suppress(ValueError):  # after a full disk, say
+            yield line, json.loads(line)
 
 
 def cleared(folder: pathlib.Path) -> pathlib.Path:

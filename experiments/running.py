@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import operator
 import os
 import pathlib
 import signal
@@ -51,8 +52,9 @@ class Options(launch.Options, watch.Options):
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     keep_best: str = ""
-    """A metric, such as held_out/loss: of the checkpoints at whose step it was logged keep the best, too. More is
-    better, unless the name ends in loss."""
+    """A metric, such as held_out/loss: of the checkpoints at whose step it was logged keep the best, too. An evaluation
+    at which it is better than ever saves one, whatever checkpoint_every says. More is better, unless the name ends in
+    loss."""
 
 
 # Fields that may differ when a run goes on, for they do not say what it computes: where it runs and is kept, what it is
@@ -167,9 +169,12 @@ class Run:
         From here on SIGTERM and Ctrl-C let the next `save` save and end the run; a second Ctrl-C ends it at once.
 
         Args:
-          everything: what makes the next step, a dict of pytrees of arrays and numbers. Train states among them are
+          everything: what makes the next step, a dict of pytrees of arrays and numbers. Train states in them are
             deleted when a checkpoint takes their place: both at once may not fit.
           unsaved: what else does, and is loaded by name when the run goes on: that it is the same will be checked.
+
+        Warns:
+          RuntimeWarning: when an earlier life of the run was killed before its first checkpoint; all begins again.
 
         Raises:
           ValueError: when the checkpoint is of something else, or what is `unsaved` has changed.
@@ -178,13 +183,20 @@ class Run:
         self._unsaved = {name: digests.of_tree(tree) for name, tree in (unsaved or {}).items()}
         if self._options["resume"] == "auto":
             there = records.everywhere((self.folder / "checkpoints").exists)
-            states = [tree for tree in everything.values() if isinstance(tree, train.TrainState)]
+            states = [tree for tree in jax.tree.leaves(dict(everything), is_leaf=_is_state) if _is_state(tree)]
             found = checkpoint.restore(self._checkpoints(), everything, donate=states) if there else None
             if found is not None:
                 self._compare(found)
                 self.step, everything = found.step, found.trees
             elif self._finished:
                 raise ValueError(f"{self.folder}: finished at step {self._finished}, without checkpoints to go on from")
+            elif (left := records.everywhere(lambda: records.left(self.folder))) and self._writes:
+                warnings.warn(
+                    f"{self.folder}: NOTHING TO GO ON FROM: a run began here and left no checkpoint, {left}; begins at "
+                    "step 0 again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             self._open()
         self._resumable = True
         self._listen()
@@ -296,20 +308,42 @@ class Run:
 
     def _due(self, step: int) -> bool:
         every = self._every()
-        return every > 0 and (step % every == 0 or step == self._total)
+        return every > 0 and (step % every == 0 or step == self._total or self._is_best(step))
+
+    def _is_best(self, step: int) -> bool:
+        """Whether `keep_best` was evaluated at this step, and is better than ever since step 0, which saves nothing."""
+        name, every = self._options["keep_best"], getattr(self._config, "evaluate_every", 0)
+        if not name or not every or step % every:
+            return False
+        *before, last = [point for point in self.history.get(name, []) if point[0]] or [(0, 0.0)]
+        better = operator.lt if checkpoint.less_is_better(name) else operator.gt
+        return last[0] == step and all(better(last[1], value) for _, value in before)
 
     def _write(self, step: int, everything: Mapping[str, Any]) -> None:
         if self._writes:
             os.fsync(self._lines.fileno())  # no line before the checkpoint is lost, should the machine go down
         points = self.history.get(name := self._options["keep_best"], [])
         best = {name: points[-1][1]} if points and points[-1][0] == step else {}
-        if name and not points and self._ending is None:
-            warnings.warn(
-                f"keep_best={name!r}: not logged so far; expected one of {sorted(self.history)}", stacklevel=3
-            )
+        if name and not best and self._ending is None:
+            self._tell_unmeasured(step, name, {number for number, _ in points})
         about = {"config": records.described(self._config), "unsaved": self._unsaved}
         with self._explained(step):
             checkpoint.save(self._checkpoints(), step, everything, about=about, metrics=best)
+
+    def _tell_unmeasured(self, step: int, name: str, logged: set[int]) -> None:
+        """Says when `keep_best` keeps nothing: its metric is not logged, or never at the step of a checkpoint."""
+        every = self._every()
+        steps = [n for n in (every, getattr(self._config, "evaluate_every", 0)) if n]  # as in _due and _is_best
+        if not logged:
+            warnings.warn(
+                f"keep_best={name!r}: not logged so far; expected one of {sorted(self.history)}", stacklevel=4
+            )
+        elif step == self._total and not any(at and at % n == 0 for at in logged for n in steps):
+            warnings.warn(
+                f"keep_best={name!r}: logged at the steps {sorted(logged)[:4]}, ..., and a checkpoint every {every}: "
+                "there is none of them to keep",
+                stacklevel=4,
+            )
 
     def _settle(self) -> None:
         with self._explained(self._checkpoints().latest_step()):
@@ -326,7 +360,13 @@ class Run:
             ) from error
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """Records that nothing is left to do, and the last evaluation, which is returned as floats."""
+        """Records that nothing is left to do, and the last evaluation, which is returned as floats.
+
+        Raises:
+          OSError: when the last checkpoint could not be written; nothing is recorded then.
+        """
+        if self._manager is not None:
+            self._settle()
         values = {name: float(value) for name, value in result.items()}
         if self._writes:
             records.write(self.folder / records.RESULT, {"step": max(self.step, self._total), "result": values})
@@ -340,6 +380,7 @@ class Run:
             if self._manager is not None and (kind in (None, SystemExit) or jax.process_count() == 1):
                 self._settle()
                 self._manager.close()
+                self._manager = None
         except OSError as problem:
             if kind is None:
                 raise
@@ -364,3 +405,7 @@ class Run:
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+
+def _is_state(tree: Any) -> bool:
+    return isinstance(tree, train.TrainState)

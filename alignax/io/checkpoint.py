@@ -66,7 +66,7 @@ def open_manager(folder: str | pathlib.Path, *, keep: int = 2, best: str = "") -
     kept: list[Any] = [policies.LatestN(keep)]
     options: dict[str, Any] = {}
     if best:
-        less = best.endswith("loss")
+        less = less_is_better(best)
         missing = math.inf if less else -math.inf  # a checkpoint between two evaluations is never the best
         options = {"best_fn": lambda metrics: metrics.get(best, missing), "best_mode": "min" if less else "max"}
         kept.append(policies.BestN(get_metric_fn=options["best_fn"], reverse=less, n=1))
@@ -75,6 +75,11 @@ def open_manager(folder: str | pathlib.Path, *, keep: int = 2, best: str = "") -
         folder,
         options=ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True, **options),
     )
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether `best` takes less of a metric for better: its name ends in loss."""
+    return metric.endswith("loss")
 
 
 def save(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 
@@ -14,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import launch
 import numpy as np
+import optax
 import pytest
 import records
 import running
 import watch
 
+from alignax import train
 from alignax.data.batching import Position
 
 
@@ -193,6 +196,12 @@ def test_a_second_interrupt_ends_the_run_at_once(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         work(config, at=twice)
     assert not (config.output / "checkpoints").exists()
+    said = r"run: NOTHING TO GO ON FROM: .* no checkpoint, metrics\.jsonl ends with step 0; begins at step 0 again"
+    with pytest.warns(RuntimeWarning, match=said), pytest.raises(Killed):
+        work(config, fail=1)
+    (config.output / "metrics.jsonl").write_text('{"ste')
+    with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl is empty; begins"), pytest.raises(Killed):
+        work(config, fail=1)
 
 
 @pytest.mark.filterwarnings("ignore:step 2. not finite")
@@ -329,3 +338,68 @@ def test_the_best_is_kept(whole, tmp_path):
     assert kept == sorted({str(best), "6"})
     with pytest.warns(UserWarning, match="keep_best='nothing': not logged so far"):
         work(dataclasses.replace(config, output=tmp_path / "other", keep_best="nothing"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated(Config):
+    evaluate_every: int = 0
+
+
+def test_the_best_evaluation_is_kept_though_no_checkpoint_is_due(tmp_path):
+    def run(folder, losses, **options):
+        saves = {"checkpoint_every": 3, "keep": 1, "keep_best": "held_out/loss"}
+        config = Evaluated(tmp_path / folder, steps=11, resume="auto", **saves, **options)
+        with running.Run(config, total=config.steps) as run:
+            run.resume({"x": np.zeros(2)})
+            for step in range(run.step, config.steps + 1):
+                run.log(step, {"held_out/loss": losses[step]} if step in losses else {"loss": 0.0})
+                if step:
+                    run.save(step, {"x": np.full(2, step)})
+        return sorted(path.name for path in (config.output / "checkpoints").iterdir())
+
+    assert run("one", {0: 0.1, 4: 0.7, 8: 0.9}, evaluate_every=4) == ["11", "4"]  # worse than at the start
+    assert run("two", {0: 0.9, 4: 0.7, 8: 0.5}, evaluate_every=4) == ["11", "8"]
+    said = r"held_out/loss.*logged at the steps \[0, 4, 8\], ..., and a checkpoint every 3: there is none"
+    with pytest.warns(UserWarning, match=said):
+        assert run("three", {0: 0.9, 4: 0.7, 8: 0.5}) == ["11"]
+
+
+def test_train_states_make_room_for_a_checkpoint(tmp_path):
+    def everything(x):
+        state = train.TrainState.create({"x": jnp.full(2, x)}, optax.identity())
+        return {"states": {"policy": state}, "kept": {"x": jnp.full(2, x)}}
+
+    config = Config(tmp_path / "run", resume="auto", checkpoint_every=1)
+    given = everything(1.0), everything(2.0)
+    with running.Run(config, total=1) as run:
+        run.resume(given[0])
+        run.log(1, {})
+        run.save(1, given[0])
+    with running.Run(config, total=2) as run:
+        found = run.resume(given[1])
+    assert found["states"]["policy"].params["x"].tolist() == found["kept"]["x"].tolist() == [1.0, 1.0]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given[1]["states"]))
+    assert not given[1]["kept"]["x"].is_deleted()
+
+
+@pytest.mark.parametrize("how", ["finish", "SIGTERM"])
+def test_a_full_disk_at_the_end_is_told(tmp_path, how):
+    large = {"x": jnp.asarray(np.random.default_rng(0).normal(size=200_000).astype(np.float32))}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(
+                OSError, match=r"step 1, or the one before, was not written; those before stay in .*run/check"
+            ),
+            running.Run(Config(tmp_path / "run", checkpoint_every=1), total=1) as run,
+        ):
+            run.resume(large)
+            run.log(1, {})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a write beyond fails, as on a full disk
+            if how == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+            run.save(1, large)
+            run.finish({"a": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "run" / "result.json").exists()  # which would say that nothing is left to do
