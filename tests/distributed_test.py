@@ -28,6 +28,7 @@ from problems import (
     problems,
     rows,
     shared_prompt,
+    small,
     three_updates,
     tiny,
     with_common_prompts,
@@ -39,19 +40,23 @@ from alignax.logprobs import last_score, token_logprobs, token_values
 
 PROBLEMS = ("sft", "dpo", "kto", "grpo", "dapo", "reward_model", "ppo", "ppo_critic", "ppo_shared")
 KEPT = ("host", "host8")  # state and reference in the host's memory, as they are and in eight bits
-HOW = ("one", "data_8", "data_4_tensor_2", "pmap")
+HOW = ("one", "data_4_tensor_2", "pmap")
+RUNS = [(name, how) for name in PROBLEMS for how in HOW]
 # rows over all devices is the mesh of fewest surprises: not paid for by every problem
-RUNS = [
-    (name, how) for name in PROBLEMS for how in HOW if how != "data_8" or name in ("sft", "dpo", "grpo", "ppo_shared")
-]
-# two rows to a bundle: packed, or with a prompt in common, which is another batch
-RUNS += [("dpo", "packed_mesh"), ("ppo_shared", "packed_pmap"), ("kto", "packed_mesh")]
-RUNS += [("grpo", "common"), ("grpo", "common_mesh"), ("grpo", "common_pmap")]
+RUNS += [("sft", "data_8"), ("dpo", "data_8")]
+# with the transformer; packed two rows to a bundle; with a prompt in common, which is another batch
+RUNS += [("kto of a transformer", how) for how in ("one", "data_4_tensor_2", "packed_mesh")]
+RUNS += [("ppo_shared of a transformer", how) for how in ("one", "packed_pmap")]
+RUNS += [("grpo of a transformer", how) for how in ("common", "common_mesh", "common_pmap")]
 RUNS += [("lora", "one"), ("lora", "packed_mesh"), ("lora", "pmap")]
+AMBIENT = ("dpo", "dapo", "kto", "grpo of a transformer", "kto of a transformer")  # on their meshes by `jax.set_mesh`
 
 
 def of_name(name):
-    return lora_problem() if name == "lora" else problems()[name]
+    if name == "lora":
+        return lora_problem()
+    name, transformer, _ = name.partition(" of a transformer")
+    return problems(tiny if transformer else small)[name]
 
 
 def on_mesh(*, ambient=False, **axes):
@@ -67,7 +72,8 @@ def on_mesh(*, ambient=False, **axes):
             compiled.append(jax.jit(update))
         with jax.set_mesh(mesh) if ambient else contextlib.nullcontext():
             state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
-        projection = state.params.get("backbone", state.params)["layers"]["attn"]["q"]
+        params = state.params.get("backbone", state.params)
+        projection = params["layers"]["attn"]["q"] if "layers" in params else params["up"]
         kernel = projection.get("kernel", projection.get("lora_b"))
         assert len(kernel.sharding.device_set) == 8
         if "tensor" in axes:
@@ -115,20 +121,6 @@ def each_its_own():
     }
 
 
-def small():
-    """A network of one layer that looks back, under the names that `models.RULES` know: compiled in no time."""
-
-    def body(params, tokens, segments):
-        x = params["embed"]["embedding"][tokens]
-        return x + jnp.tanh(jnp.cumsum(x, axis=1) @ params["up"]["kernel"][0]) @ params["down"]["kernel"][0]
-
-    shapes = {"embed": {"embedding": (VOCAB, 16)}, "up": {"kernel": (1, 16, 24)}, "down": {"kernel": (1, 24, 16)}}
-    shapes |= {"head": {"kernel": (16, VOCAB)}}
-    normal = np.random.default_rng(0).normal
-    params = jax.tree.map(lambda x: jnp.asarray(0.3 * normal(size=x)), shapes, is_leaf=lambda x: isinstance(x, tuple))
-    return models.from_apply(body, head=lambda params, x: x @ params["head"]["kernel"]), params
-
-
 def ppo_step(place):
     """One step of PPO, each network in its place: scores, experience, both updates, a reference that follows."""
     policy, params = small()
@@ -171,15 +163,16 @@ def assert_same_place(before, after):
 
 def main(out):
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # two programs with collectives may starve each other
     arrays = {}
     for name in dict.fromkeys(name for name, _ in RUNS):
         problem = of_name(name)
         runs = {
             "one": {},
-            "data_8": {"run": on_mesh(data=8, ambient=name != "sft")},
-            "data_4_tensor_2": {"run": on_mesh(data=4, tensor=2, ambient=name in ("dapo", "kto")), "microbatches": 2},
+            "data_8": {"run": on_mesh(data=8, ambient=name in AMBIENT)},
+            "data_4_tensor_2": {"run": on_mesh(data=4, tensor=2, ambient=name in AMBIENT), "microbatches": 2},
             "pmap": {"run": mapped(), "microbatches": 2, "axis_name": "device"},
-            "packed_mesh": {"run": on_mesh(data=4, tensor=2, ambient=name == "dpo"), "microbatches": 2},
+            "packed_mesh": {"run": on_mesh(data=4, tensor=2, ambient=name in AMBIENT), "microbatches": 2},
             "packed_pmap": {"run": mapped(), "axis_name": "device"},
             "common": {},
             "common_mesh": {"run": on_mesh(data=4, tensor=2, ambient=True), "microbatches": 2},

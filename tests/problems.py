@@ -38,9 +38,31 @@ def tiny() -> tuple[Model, Params]:
 
 
 @functools.cache
-def scored(*, shared: bool = False) -> tuple[Model, Params]:
-    """The tiny model with a scalar head: a reward model or critic, or (shared) a policy that is its own critic."""
-    model, params = tiny()
+def small() -> tuple[Model, Params]:
+    """A network of one layer that looks back, under the names that `models.RULES` know: compiled in half the time.
+
+    It knows no segments, so that rows must lie by themselves.
+    """
+
+    def body(params, tokens, segments):
+        x = params["embed"]["embedding"][tokens]
+        return x + jnp.tanh(jnp.cumsum(x, axis=1) @ params["up"]["kernel"][0]) @ params["down"]["kernel"][0]
+
+    shapes = {"embed": {"embedding": (VOCAB, 16)}, "up": {"kernel": (1, 16, 24)}, "down": {"kernel": (1, 24, 16)}}
+    shapes |= {"head": {"kernel": (16, VOCAB)}}
+    normal = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda x: (0.3 * normal(size=x)).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return models.from_apply(body, head=lambda params, x: x @ params["head"]["kernel"]), jax.tree.map(
+        jnp.asarray, params
+    )
+
+
+@functools.cache
+def scored(network: Callable = tiny, *, shared: bool = False) -> tuple[Model, Params]:
+    """A network with a scalar head: a reward model or critic, or (shared) a policy that is its own critic."""
+    model, params = network()
     return models.with_score(model), models.add_score(model, params, jax.random.key(1), keep_head=shared)
 
 
@@ -66,13 +88,13 @@ def rows(*shape: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def problems() -> dict[str, Problem]:
-    """Name -> problem. Weights hold a filler row; the reference differs from the policy."""
+def problems(network: Callable = tiny) -> dict[str, Problem]:
+    """Name -> problem of the network. Weights hold a filler row; the reference differs from the policy."""
     rng = np.random.default_rng(1)
     weights = np.ones(ROWS, np.float32)
     weights[2] = 0
     weights[5] = 0.5
-    _, params = tiny()
+    _, params = network()
     frozen = {"reference": jax.tree.map(lambda x: 0.9 * x, params)}
     one, two = rows(ROWS), rows(ROWS, 2)
     noise = partial(rng.normal, size=(ROWS, LENGTH))
@@ -85,21 +107,30 @@ def problems() -> dict[str, Problem]:
     ppo_hyper = {"clip_low": 0.3, "entropy_weight": 0.05, "temperature": 0.8}
     others = {f"mismatched_{name}": x for name, x in rows(ROWS, seed=2).items()}
     said = kto.Batch(**one, **others, desirable=rng.random(ROWS) < 0.6, weights=weights)
+    with_score = partial(scored, network)
     above = {"reference": jax.tree.map(lambda x: 1.1 * x, params)}  # so that KTO's KL is not clamped
     return {
-        "kto": Problem(kto.make_loss, said, above, {"beta": 0.3}, statistics=kto.make_statistics),
+        "kto": Problem(kto.make_loss, said, above, {"beta": 0.3}, network, kto.make_statistics),
         "reward_model": Problem(
-            reward_model.make_loss, reward_model.Batch(**judged), None, {"centering_weight": 0.1}, scored
+            reward_model.make_loss, reward_model.Batch(**judged), None, {"centering_weight": 0.1}, with_score
         ),
-        "ppo": Problem(ppo.make_loss, learned_from, None, ppo_hyper),
-        "ppo_critic": Problem(ppo.make_value_loss, learned_from, None, {"clip": 0.5}, scored),
+        "ppo": Problem(ppo.make_loss, learned_from, None, ppo_hyper, network),
+        "ppo_critic": Problem(ppo.make_value_loss, learned_from, None, {"clip": 0.5}, with_score),
         "ppo_shared": Problem(
-            ppo.make_shared_loss, learned_from, None, ppo_hyper | {"value_clip": 0.5}, partial(scored, shared=True)
+            ppo.make_shared_loss,
+            learned_from,
+            None,
+            ppo_hyper | {"value_clip": 0.5},
+            partial(scored, network, shared=True),
         ),
-        "sft": Problem(sft.make_loss, sft.Batch(**one, weights=weights), None, {}),
-        "dpo": Problem(preference.make_loss, preference.Batch(**two, weights=weights), frozen, {"beta": 0.3}),
-        "grpo": Problem(grpo.make_loss, rollout, frozen, {"kl_weight": 0.1, "clip_low": 0.3, "temperature": 0.8}),
-        "dapo": Problem(partial(grpo.make_loss, kl=None, mean=reduce.token_mean), rollout, None, {"clip_high": 0.28}),
+        "sft": Problem(sft.make_loss, sft.Batch(**one, weights=weights), None, {}, network),
+        "dpo": Problem(preference.make_loss, preference.Batch(**two, weights=weights), frozen, {"beta": 0.3}, network),
+        "grpo": Problem(
+            grpo.make_loss, rollout, frozen, {"kl_weight": 0.1, "clip_low": 0.3, "temperature": 0.8}, network
+        ),
+        "dapo": Problem(
+            partial(grpo.make_loss, kl=None, mean=reduce.token_mean), rollout, None, {"clip_high": 0.28}, network
+        ),
     }
 
 

@@ -29,13 +29,43 @@ def problem(request):
 
 
 @pytest.fixture(scope="module")
-def run(problem):
-    return on_one_device()  # one compilation for all tests of a problem that keep its shapes
+def plain(problem):
+    """An update of the batch as it is, its logits materialised: what everything else has to equal."""
+
+    def materialised(measure, sides, arrays, chosen, *, chunk=None):
+        del chunk
+        logits = tuple(side.head(jax.vmap(lambda x, at: x[at])(side.states, side.at)) for side in sides)
+        found = measure(logits, arrays, None)
+        return {name: jnp.where(chosen, x, 0) for name, x in found.items()}
+
+    run = on_one_device()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "measured", materialised)
+        three_updates(problem, run=run)  # compiles
+    return run
 
 
 @pytest.fixture(scope="module")
-def expected(problem, run):
-    return three_updates(problem, run=run)
+def expected(problem, plain):
+    return three_updates(problem, run=plain)
+
+
+@pytest.fixture(scope="module")
+def update(problem):
+    """`three_updates` of a batch with longer padding, logits in blocks, parts of two rows or pairs: compiled once.
+
+    All of that at a time, and for all tests that keep the shapes: it is compilation that costs.
+    """
+    run = on_one_device()
+
+    def longer(x):
+        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 5)]) if x.shape[-1] == LENGTH else x
+
+    def updated(problem):
+        return three_updates(problem, run=run, batch=jax.tree.map(longer, problem.batch), microbatches=8)
+
+    updated.traces = run.traces
+    return updated
 
 
 def test_every_problem_is_tested():
@@ -47,42 +77,25 @@ def test_the_update_changes_something(problem, expected):
     assert np.isfinite(expected.metrics["loss"])
 
 
-def test_padding_and_microbatches(problem, expected):
-    """Both at once: it is compilation that costs. Two rows or pairs a part here, half of all where they are packed."""
-
-    def longer(x):
-        return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 5)]) if x.shape[-1] == LENGTH else x
-
-    padded = jax.tree.map(longer, problem.batch)
-    assert_same(three_updates(problem, batch=padded, microbatches=8), expected)
+def test_padding_microbatches_and_logits_in_blocks(problem, expected, update):
+    assert_same(update(problem), expected)
 
 
 def test_packed_rows(problem, expected):
     assert_same(three_updates(packed(problem), microbatches=2), expected)
 
 
-def test_shared_prompts(problem, run):
+def test_shared_prompts(problem, plain):
     problem = with_common_prompts(problem)
-    assert_same(three_updates(shared_prompt(problem), microbatches=2), three_updates(problem, run=run))
+    assert_same(three_updates(shared_prompt(problem), microbatches=2), three_updates(problem, run=plain))
 
 
-def test_logits_in_blocks_equal_materialised_ones(problem, expected, monkeypatch):
-    def materialised(measure, sides, arrays, chosen, *, chunk=None):
-        del chunk
-        logits = tuple(side.head(jax.vmap(lambda x, at: x[at])(side.states, side.at)) for side in sides)
-        found = measure(logits, arrays, None)
-        return {name: jnp.where(chosen, x, 0) for name, x in found.items()}
-
-    monkeypatch.setattr(logprobs, "measured", materialised)
-    assert_same(three_updates(problem), expected)
-
-
-def test_permutation(problem, expected, run):
+def test_permutation(problem, expected, update):
     order = np.random.default_rng(0).permutation(ROWS)
-    assert_same(three_updates(problem, run=run, batch=jax.tree.map(lambda x: x[order], problem.batch)), expected)
+    assert_same(update(problem._replace(batch=jax.tree.map(lambda x: x[order], problem.batch))), expected)
 
 
-def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, run):
+def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, update):
     batch = problem.batch
     garbage = {"tokens": np.where(batch.segments, batch.tokens, 7)}  # padding may hold any id
     garbage["tokens"][2] = 10_000  # the filler row, any content, ids outside the vocabulary too
@@ -96,7 +109,7 @@ def test_what_is_masked_or_weighs_nothing_does_not_matter(problem, expected, run
     if hasattr(batch, "margin"):
         garbage["segments"] = np.where((np.arange(ROWS) == 2)[:, None, None], 1, batch.segments)
     garbage = {name: value.astype(getattr(batch, name).dtype) for name, value in garbage.items()}
-    assert_same(three_updates(problem, run=run, batch=batch._replace(**garbage)), expected)
+    assert_same(update(problem._replace(batch=batch._replace(**garbage))), expected)
 
 
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
@@ -114,13 +127,13 @@ def test_advantages_of_another_shape_are_refused():
         jax.eval_shape(problem.make_loss(model), params, batch, problem.frozen, {})
 
 
-def test_nothing_recompiles_when_a_number_changes(problem, expected, run):
-    del expected  # compiled
-    assert len(run.traces) == 1
+def test_nothing_recompiles_when_a_number_changes(problem, update):
+    update(problem)  # compiles, when no other test has
+    assert len(update.traces) == 1
     for factor in (1.5, 0.5):
         hyper = {name: value * factor for name, value in problem.hyper.items()}
-        assert np.isfinite(three_updates(problem._replace(hyper=hyper), run=run).metrics["loss"])
-    assert len(run.traces) == 1
+        assert np.isfinite(update(problem._replace(hyper=hyper)).metrics["loss"])
+    assert len(update.traces) == 1
 
 
 def test_a_learning_rate_recompiles_nothing_either():
