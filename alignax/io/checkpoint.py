@@ -144,10 +144,11 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
         if not error:
             _compare(folder, content["leaves"], _flatten(example))
             for leaf in jax.tree.leaves(donate):
-                leaf.delete()
+                if leaf.size:  # empty ones are not in the checkpoint: they come back as they are
+                    leaf.delete()
             leaves, error = _attempt(lambda folder=folder, content=content: _read(folder, content["leaves"], example))
         if not error:
-            error = _changed(content["leaves"], leaves)
+            _, error = _attempt(lambda content=content, leaves=leaves: _verify(content["leaves"], leaves))
         if not error:
             if wrong:
                 _pass_over(manager, wrong, step)
@@ -286,12 +287,13 @@ def _placed(array: Any, leaf: Any, saved: Mapping[str, Any]) -> Any:
     return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
 
 
-def _changed(saved: Mapping[str, Any], leaves: Mapping[str, Any]) -> str:
-    """Says which arrays are not those that were written; empty when all are."""
+def _verify(saved: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    """Refuses arrays that are not those that were written."""
     arrays = {name: leaf for name, leaf in leaves.items() if not _is_plain(leaf)}
     wrong = sorted(name for name, digest in digests(arrays).items() if digest != saved[name]["digest"])
     more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-    return f"other bits than were written, in {', '.join(wrong[:4])}{more}" if wrong else ""
+    if wrong:
+        raise ValueError(f"other bits than were written, in {', '.join(wrong[:4])}{more}")
 
 
 def _seal(content: Any) -> str:
@@ -345,8 +347,10 @@ def _check_metrics(folder: pathlib.Path) -> None:
     if jax.process_index() == 0:
         for file in folder.glob("*/metrics/metrics"):
             try:
-                json.loads(file.read_text())
-            except ValueError as error:
+                error = "" if isinstance(json.loads(file.read_text()), dict) else "are not named"
+            except (ValueError, OSError) as problem:
+                error = str(problem)
+            if error:
                 _set_aside(file.parents[1], f"its metrics: {error}")
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("alignax.io.checkpoint")
