@@ -13,6 +13,7 @@ these functions, and the folder is one that all of them see; what is not an arra
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -161,6 +162,7 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
     return None
 
 
+@functools.cache  # a save need not look for them again
 def versions() -> dict[str, str]:
     """Of this library and those it stands on; what is only on the path, not installed, has none."""
     found = {name: "" for name in LIBRARIES}

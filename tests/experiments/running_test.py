@@ -32,7 +32,19 @@ class Config(running.Options):
     rate: float = 0.1
 
 
-def test_run_writes_everything(tmp_path, capfd):
+DRAW = common.save_curves
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures():
+    """What would be drawn is written instead: a picture costs more than a run of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_curves", lambda path, curves: path.write_text(json.dumps(curves)))
+        yield
+
+
+def test_run_writes_everything(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(common, "save_curves", DRAW)
     folder = tmp_path / "runs" / "one"
     with running.Run(Config(folder), total=3, show=("loss",)) as run:
         for step in range(1, 4):
@@ -100,7 +112,8 @@ def test_run_touches_nothing_before_it_is_entered(tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_an_interrupted_run_keeps_its_curves(tmp_path):
+def test_an_interrupted_run_keeps_its_curves(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "save_curves", DRAW)
     with pytest.raises(KeyboardInterrupt), running.Run(Config(tmp_path / "out"), total=9, curves=("a",)) as run:
         run.log(0, {"a": 1.0, "b": 2.0})
         raise KeyboardInterrupt

@@ -8,6 +8,7 @@ import pathlib
 import types
 import warnings
 
+import common
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -314,7 +315,9 @@ class Config(running.Options):
     evaluate_every: int = 100
 
 
-def test_a_stop_saves_and_ends_the_run_with_a_code_of_its_own(tmp_path, capsys):
+def test_a_stop_saves_and_ends_the_run_with_a_code_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "save_curves", lambda path, curves: None)
+
     def run(**options):
         run = running.Run(Config(tmp_path / "run", **options), total=5)
         with run:

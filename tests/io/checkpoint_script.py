@@ -52,7 +52,8 @@ def check_optimizer(manager):
     """Moments of eight bits, and a state spread over four devices by a state on one."""
     mesh = jax.make_mesh((4,), ("rows",), devices=jax.devices()[:4])
     optimizer = precision.compressed(optax.adamw(1e-3), bits=8)
-    state = train.TrainState.create({"kernel": jnp.asarray(TREE["kernel"])}, optimizer, jax.random.key(3))
+    create = jax.jit(lambda params, key: train.TrainState.create(params, optimizer, key))  # one program, not fifty
+    state = create({"kernel": jnp.asarray(TREE["kernel"])}, jax.random.key(3))
     checkpoint.save(manager, 2, {"state": state, "count": 3})
     spread = jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, P()))
     found = checkpoint.restore(manager, {"state": spread, "count": 0}, donate=spread)
