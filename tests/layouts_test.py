@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from problems import tiny
 
 from alignax import layouts, models
@@ -27,7 +28,7 @@ def rows():
     lengths = np.array([[4 + 7, 4, 4 + 3], [2 + 7, 0, 2 + 4]])
     segments = np.arange(LENGTH) < lengths[..., None]
     mask = segments & (np.arange(LENGTH) >= np.array([4, 2])[:, None, None])
-    return [jnp.asarray(x.reshape(-1, LENGTH)) for x in (tokens, segments, mask)]
+    return [x.reshape(-1, LENGTH) for x in (tokens, segments, mask)]
 
 
 def variants():
@@ -41,10 +42,16 @@ def variants():
     }
 
 
+@functools.cache
+def variant(name):
+    model = models.transformer(variants()[name])
+    return model, drawn(model)
+
+
 @pytest.mark.parametrize("name", ["windows", "learned", "mixture", "softcap"])
 def test_every_kind_of_decoder(name):
-    model = models.transformer(variants()[name])
-    params, (tokens, segments, mask) = jax.jit(model.init)(jax.random.key(0)), rows()
+    model, params = variant(name)
+    tokens, segments, mask = map(jnp.asarray, rows())
 
     @jax.jit
     def of(params):
@@ -64,8 +71,8 @@ def test_every_kind_of_decoder(name):
 @pytest.mark.parametrize("name", ["windows", "softcap"])
 def test_long_rows_go_by_tiles(name, monkeypatch):
     """Tiles of 3 queries, which divide neither the prompt's 4 columns nor the completions' 7; gradients too."""
-    model = models.transformer(variants()[name])
-    params, (tokens, segments, mask) = jax.jit(model.init)(jax.random.key(0)), rows()
+    model, params = variant(name)
+    tokens, segments, mask = map(jnp.asarray, rows())
     weights = np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
     tiles, in_tiles = [], tiled.in_tiles
     monkeypatch.setattr(shared, "LONG", WIDTH + 7)
@@ -91,41 +98,64 @@ def test_long_rows_go_by_tiles(name, monkeypatch):
 def test_values_and_last_scores():
     model, params = tiny()
     params = models.add_score(model, params, jax.random.key(1))
-    tokens, segments, _ = rows()
+    tokens, segments, _ = map(jnp.asarray, rows())
     alone = models.with_score(model)
-    for form in (
-        layouts.shared_prompt(alone, completion=LENGTH - WIDTH, members=MEMBERS),
-        layouts.packed(alone, width=30, members=MEMBERS),
-    ):
-        for read in (last_score, token_values):
-            given = (params, tokens, segments)
-            np.testing.assert_allclose(read(form, *given), read(alone, *given), atol=2e-6)
+
+    @jax.jit
+    def of(params):
+        forms = (
+            alone,
+            layouts.shared_prompt(alone, completion=LENGTH - WIDTH, members=MEMBERS),
+            layouts.packed(alone, width=30, members=MEMBERS),
+        )
+        found = []
+        for form in forms:
+            hidden = form.hidden(params, tokens, segments)  # once for both
+            known = form._replace(hidden=lambda *_, hidden=hidden: hidden)
+            found.append([read(known, params, tokens, segments) for read in (last_score, token_values)])
+        return found
+
+    expected, *others = of(params)
+    assert all(np.count_nonzero(x) >= 5 for x in expected)
+    for found in others:
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-6)
 
 
 def test_a_bundle_that_does_not_fit_is_not_a_number():
     """Loud: the update is then left out and counted. The other bundle is as it was."""
     model, params = tiny()
-    tokens, segments, mask = rows()
-    alone = token_logprobs(model, params, tokens, segments, mask=mask)
-    packed = layouts.packed(model, width=20, members=MEMBERS)  # 22 tokens and 15
-    shared = layouts.shared_prompt(model, width=5, members=MEMBERS)  # at most 6 behind prompts of 4, where 7 are
-    for form in (packed, shared):
-        first, second = np.split(np.asarray(token_logprobs(form, params, tokens, segments, mask=mask)), 2)
+    tokens, segments, mask = map(jnp.asarray, rows())
+
+    @jax.jit
+    def of(params):
+        forms = (
+            model,
+            layouts.packed(model, width=20, members=MEMBERS),  # 22 tokens and 15
+            layouts.shared_prompt(model, width=5, members=MEMBERS),  # at most 6 behind prompts of 4, where 7 are
+        )
+        return [token_logprobs(form, params, tokens, segments, mask=mask) for form in forms]
+
+    alone, *others = map(np.asarray, of(params))
+    for found in others:
+        first, second = np.split(found, 2)
         assert np.isnan(first[np.asarray(mask)[:3]]).all()
-        np.testing.assert_allclose(second, np.asarray(alone)[3:], atol=2e-6)
+        np.testing.assert_allclose(second, alone[3:], atol=2e-6)
 
 
 def test_quarters_of_a_long_row_equal_the_whole():
     rng = np.random.default_rng(0)
     length = attention.QUARTERED + 3
-    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 4)), jnp.float32) for heads in (4, 2, 2))
+    q, k, v = (rng.normal(size=(2, length, heads, 4)).astype(np.float32) for heads in (4, 2, 2))
     segments = np.sort(rng.integers(0, 4, (2, length)), axis=1)
-    seen = jnp.asarray((segments[:, :, None] == segments[:, None]) & np.tril(np.ones((length, length), bool)))
-    cache = attention.as_cache(k, v)
-    options = {"softcap": 3.0}
-    np.testing.assert_allclose(
-        attention.attend_rows(q, cache, seen, **options), attention.attend(q, cache, seen, **options), atol=1e-6
-    )
+    seen = (segments[:, :, None] == segments[:, None]) & np.tril(np.ones((length, length), bool))
+
+    @jax.jit
+    def both(q, k, v, seen):
+        cache = attention.as_cache(k, v)
+        return [attend(q, cache, seen, softcap=3.0) for attend in (attention.attend_rows, attention.attend)]
+
+    np.testing.assert_allclose(*both(q, k, v, seen), atol=1e-6)
 
 
 def test_gain():
@@ -134,7 +164,7 @@ def test_gain():
 
 def test_what_makes_no_layout_is_refused():
     model, params = tiny()
-    tokens, segments, _ = rows()
+    tokens, segments, _ = map(jnp.asarray, rows())
     with pytest.raises(ValueError, match=r"layouts\.packed: members=0; expected at least 1"):
         layouts.packed(model, width=8, members=0)
     with pytest.raises(ValueError, match=r"6 rows; expected bundles of members=4"):

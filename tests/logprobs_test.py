@@ -1,18 +1,24 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import rows, tiny
+from problems import rows, small, tiny
 
 from alignax import layouts, logprobs, losses
 
 WANT = ("entropy", "correct", "logits", "mean_logp", "log_normalizer", "log_sum_p2", "ref_logp", "forward_kl")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def all_logits(model, params, tokens, segments):
+    return model.logits(params, model.hidden(params, tokens, segments).states)
+
+
 def dense(model, params, tokens, segments, temperature):
     """Logits and log-probabilities of the whole row in numpy float64."""
-    states = model.hidden(params, jnp.asarray(tokens), jnp.asarray(segments)).states
-    logits = np.asarray(model.logits(params, states), np.float64) / temperature
+    logits = np.asarray(all_logits(model, params, tokens, segments), np.float64) / temperature
     return logits, logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -43,15 +49,18 @@ def batch():
     return rows(5)
 
 
+score = jax.jit(logprobs.score, static_argnums=0, static_argnames=("want", "chunk"))
+token_logprobs = jax.jit(logprobs.token_logprobs, static_argnums=0)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 20, 256])  # one column at a time, blocks that do not divide, all at once
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_against_numpy(batch, chunk, temperature):
-    model, params = tiny()
-    reference = jax.tree.map(lambda x: 0.9 * x, params)
+    model, params = small()
+    reference = jax.tree.map(lambda x: 0.9 * np.asarray(x), params)
     tokens, segments = batch["tokens"], batch["segments"]
-    rows = (jnp.asarray(tokens), jnp.asarray(segments))
     options = {"temperature": temperature, "want": WANT, "reference": reference, "chunk": chunk}
-    scores = logprobs.score(model, params, *rows, **options)
+    scores = score(model, params, tokens, segments, **options)
     expected = expected_scores(model, params, reference, tokens, segments, temperature)
     for name in ("logp", *WANT):
         np.testing.assert_allclose(getattr(scores, name), expected[name], rtol=1e-5, atol=2e-6, err_msg=name)
@@ -60,18 +69,18 @@ def test_scores_against_numpy(batch, chunk, temperature):
 
 def test_only_what_is_wanted_is_there(batch):
     model, params = tiny()
-    scores = logprobs.score(model, params, jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
+    rows = (jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
+    scores = jax.eval_shape(lambda params: logprobs.score(model, params, *rows), params)
     assert scores.entropy is None and scores.correct is None and scores.logits is None
 
 
 def test_the_mask_selects(batch):
     model, params = tiny()
-    tokens, segments, mask = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
-    whole = logprobs.token_logprobs(model, params, tokens, segments)
-    np.testing.assert_array_equal(
-        logprobs.token_logprobs(model, params, tokens, segments, mask=mask), jnp.where(mask, whole, 0)
-    )
-    boolean = logprobs.token_logprobs(model, params, tokens, segments != 0)
+    tokens, segments, mask = (batch[name] for name in ("tokens", "segments", "mask"))
+    boolean = np.asarray(token_logprobs(model, params, tokens, segments != 0))
+    whole = np.asarray(token_logprobs(model, params, tokens, segments))
+    found = token_logprobs(model, params, tokens, segments, mask=mask)
+    np.testing.assert_array_equal(found, np.where(mask, whole, 0))
     np.testing.assert_array_equal(boolean, whole)
 
 
@@ -79,9 +88,13 @@ def test_packed_rows_equal_rows_of_their_own():
     model, params = tiny()
     tokens = np.random.default_rng(0).integers(0, 32, (1, 10)).astype(np.int32)
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0, 0]], np.int32)
-    packed = logprobs.token_logprobs(model, params, jnp.asarray(tokens), jnp.asarray(segments))
-    first = logprobs.token_logprobs(model, params, jnp.asarray(tokens[:, :4]), jnp.ones((1, 4), bool))
-    second = logprobs.token_logprobs(model, params, jnp.asarray(tokens[:, 4:7]), jnp.ones((1, 3), bool))
+
+    @jax.jit
+    def of(params, tokens, segments):
+        alone = (tokens[:, :4], jnp.ones((1, 4), bool)), (tokens[:, 4:7], jnp.ones((1, 3), bool))
+        return [logprobs.token_logprobs(model, params, *row) for row in ((tokens, segments), *alone)]
+
+    packed, first, second = map(np.asarray, of(params, tokens, segments))
     np.testing.assert_allclose(packed[:, :4], first, atol=1e-6)
     np.testing.assert_allclose(packed[:, 4:7], second, atol=1e-6)
     np.testing.assert_array_equal(packed[:, [0, 4, 7, 8, 9]], np.zeros((1, 5)))  # a first token has no predecessor
@@ -92,14 +105,17 @@ def test_a_completion_of_a_shared_prompt_starts_where_the_prompt_ends():
     tokens = np.random.default_rng(0).integers(0, 32, (1, 7)).astype(np.int32)
     segments = np.array([[1, 1, 1, 2, 2, 2, 0]], np.int32)
     parents = np.array([[0, 0, 0, 1, 1, 1, 0]], np.int32)
-    arrays = [jnp.asarray(x) for x in (tokens, segments)]
-    scores = logprobs.score(model, params, *arrays, parents=jnp.asarray(parents))
-    joined = logprobs.token_logprobs(model, params, arrays[0], arrays[1] != 0)
-    np.testing.assert_allclose(scores.logp, joined, atol=1e-6)
+
+    @jax.jit
+    def of(params, tokens, segments, parents):
+        scores = logprobs.score(model, params, tokens, segments, parents=parents)
+        return scores.logp, logprobs.token_logprobs(model, params, tokens, segments != 0)
+
+    np.testing.assert_allclose(*of(params, tokens, segments, parents), atol=1e-6)
 
 
 def test_gradient_equals_that_of_materialised_logits(batch):
-    model, params = tiny()
+    model, params = small()
     tokens, segments, mask = (jnp.asarray(batch[name]) for name in ("tokens", "segments", "mask"))
 
     def chunked(params):
@@ -110,8 +126,8 @@ def test_gradient_equals_that_of_materialised_logits(batch):
         logp = jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(mask[:, 1:], logp, 0))
 
-    ours, theirs = jax.jit(jax.grad(chunked))(params), jax.jit(jax.grad(whole))(params)
-    largest = max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(theirs))
+    ours, theirs = jax.jit(lambda params: (jax.grad(chunked)(params), jax.grad(whole)(params)))(params)
+    largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(theirs))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), ours, theirs)
 
 
@@ -147,8 +163,8 @@ def test_sides_may_have_different_layouts_and_padding_may_hold_anything(batch):
         ]
         return jnp.sum(jnp.stack(found) * jnp.expand_dims(which, (1, 2)))
 
-    one, *others = (gradient(params, jnp.eye(3)[i]) for i in range(3))
-    assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(one)) > 1e-3
+    one, *others = (gradient(params, row) for row in np.eye(3, dtype=np.float32))
+    assert max(np.max(np.abs(x)) for x in jax.tree.leaves(one)) > 1e-3
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
 
@@ -165,7 +181,7 @@ def test_bad_arguments_are_refused(batch):
 
 
 def test_the_reference_is_a_constant_and_must_be_there(batch):
-    model, params = tiny()
+    model, params = small()
     rows = (jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
 
     def total(reference):
@@ -179,14 +195,18 @@ def test_the_reference_is_a_constant_and_must_be_there(batch):
 
 @pytest.mark.parametrize("chunk", [1, 256])
 def test_divergence_of_two_heads(batch, chunk):
-    model, params = tiny()
-    reference = jax.tree.map(lambda x: 0.9 * x, params)
-    tokens, segments = batch["tokens"], batch["segments"]
-    sides = tuple(logprobs.before(model, p, jnp.asarray(tokens), jnp.asarray(segments)) for p in (params, reference))
-    mask = jnp.asarray(batch["mask"])
-    found = logprobs.token_divergence(
-        lambda p, q: losses.full_kl(p, q, jnp.ones(p.shape[:2])), sides, mask, chunk=chunk
-    )
+    model, params = small()
+    reference = jax.tree.map(lambda x: 0.9 * np.asarray(x), params)
+    tokens, segments, mask = (batch[name] for name in ("tokens", "segments", "mask"))
+
+    @jax.jit
+    def divergence(params, reference, tokens, segments, mask):
+        sides = tuple(logprobs.before(model, p, tokens, segments) for p in (params, reference))
+        return logprobs.token_divergence(
+            lambda p, q: losses.full_kl(p, q, jnp.ones(p.shape[:2])), sides, mask, chunk=chunk
+        )
+
+    found = divergence(params, reference, tokens, segments, mask)
     (_, p), (_, q) = (dense(model, x, tokens, segments, 1.0) for x in (params, reference))
     expected = np.where(mask, np.roll(np.sum(np.exp(p) * (p - q), axis=-1), 1, axis=1), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-6)
