@@ -4,8 +4,9 @@
     python experiments/endurance.py --output runs/endurance --trials killed --cases sft grpo --kills 20
 
 Each trial runs scripts on a tiny random model, in processes that are struck at moments which follow from the seed, and
-compares what they leave with what the same run leaves alone: every byte of the model, metrics, curves and rollouts.
-Results in the output folder: endurance.md, one line a trial, and logs/ with what every process said.
+compares what they leave with what the same run leaves alone: every byte of the model, metrics, curves and rollouts;
+and what two processes leave with what one leaves. Results in the output folder: endurance.md, one line a trial, and
+logs/ with what every process said.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "experiments"), str(ROOT)]
 
 import big_folder  # noqa: E402
 import common  # noqa: E402
+import pairs  # noqa: E402
 import restarts  # noqa: E402
 import trials  # noqa: E402
 import tyro  # noqa: E402
@@ -56,7 +58,8 @@ TRIALS: dict[str, tuple[Callable[[trials.Work, str], str], tuple[str, ...]]] = {
     "damaged": (trials.damaged, ("sft",)),
     "starved": (trials.starved, ("sft",)),
     "occupied": (trials.occupied, ("sft",)),
-    "bereaved": (trials.bereaved, ("sft", "dpo", "grpo")),
+    "bereaved": (pairs.bereaved, ("sft", "dpo", "grpo")),
+    "together": (pairs.together, (*FIRST, "nash_ema", "sppo")),  # whose preferences are known in two ways
     "meshes": (on_meshes, (*PROBLEMS, "mixture")),
     "big": (big, ("folder", "checkpoint")),
 }

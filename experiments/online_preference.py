@@ -27,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import checks
 import common
+import duels
 import jax
 import jax.numpy as jnp
 import launch
@@ -37,9 +38,8 @@ import running
 import suspects
 import tyro
 
-from alignax import data, distributed, losses, models, reduce, rewards, sampling, sharding, train
+from alignax import data, losses, models, reduce, rewards, sampling, sharding, train
 from alignax.algorithms import nash_md, preference
-from alignax.data import text
 from alignax.io import hf
 from alignax.logprobs import token_logprobs
 from alignax.types import LossFn, Model, Params
@@ -158,32 +158,6 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> None:
     rollouts.check_options(config)
 
 
-@partial(jax.jit, static_argnums=0)
-def side_by_side(count: int, parts: Sequence[sampling.Samples]) -> sampling.Samples:
-    """Samples of several players for so many prompts, leaves [B * n, ...] of each, as [B, N, ...]."""
-    apart = [jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), part) for part in parts]
-    return jax.tree.map(lambda *x: sharding.constrain(jnp.concatenate(x, axis=1), sharding.ROW_AXES), *apart)
-
-
-@jax.jit
-def in_rows(samples: sampling.Samples) -> sampling.Samples:
-    """Leaves [B, N, ...] as [B * N, ...]."""
-    return jax.tree.map(lambda x: sharding.constrain(x.reshape(-1, *x.shape[2:]), sharding.ROW_AXES), samples)
-
-
-@jax.jit
-def chosen(samples: Any, which: Any) -> Any:
-    """Of leaves [B, N, ...] those of the players `which` [B, K], as [B, K, ...]."""
-    at = jnp.asarray(which)[:, :, None]
-    return jax.tree.map(lambda x: sharding.constrain(jnp.take_along_axis(x, at, axis=1), sharding.ROW_AXES), samples)
-
-
-@jax.jit
-def of_first(samples: Any) -> Any:
-    """Of leaves [B, N, ...] those of the first player, as [B, ...]."""
-    return jax.tree.map(lambda x: sharding.constrain(x[:, 0], sharding.ROW_AXES), samples)
-
-
 def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., sampling.Samples]:
     """Makes `draw(params, asked, key)`: the samples of each player, side by side, leaves [B, N, ...]."""
     counts = collections.Counter(players)
@@ -195,71 +169,9 @@ def make_draw(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Call
     def draw(params: dict[str, Params], asked: tuple[jax.Array, jax.Array], key: jax.Array) -> sampling.Samples:
         keys = jax.random.split(key, len(samplers))
         drawn = [sample(params[player], *asked, k) for (player, sample), k in zip(samplers.items(), keys)]
-        return side_by_side(len(asked[0]), drawn)
+        return duels.side_by_side(len(asked[0]), drawn)
 
     return draw
-
-
-class Verdict(NamedTuple):
-    """What is said about [B, N] samples. preferences: `[B, N, N]`, how probably each is better than each other.
-
-    completions: of the prompts that this process looks after (`distributed.own_rows`), all where it is alone.
-    """
-
-    completions: list[list[str]]
-    preferences: np.ndarray
-
-
-def ask(
-    prefer: rewards.Preference, asked: dict, own: np.ndarray, completions: list[list[str]], cut: np.ndarray
-) -> np.ndarray:
-    """What a preference function says of all pairs of each prompt's completions, of the prompts `own` of a batch.
-
-    cut [own, N]: which were cut off.
-    """
-    rows, count = cut.shape
-    pairs = [(b, i, j) for b in range(rows) for i in range(count) for j in range(i + 1, count)]
-    names = {name: None for row in asked["columns"] for name in row}
-    columns = {name: [asked["columns"][own[b]].get(name) for b, _, _ in pairs] for name in names}
-    first, second = ([completions[pair[0]][pair[side]] for pair in pairs] for side in (1, 2))
-    first_cut, second_cut = ([bool(cut[pair[0], pair[side]]) for pair in pairs] for side in (1, 2))
-    prompts = [asked["prompts"][own[b]] for b, _, _ in pairs]
-    sides = {"truncated": (first_cut, second_cut)}
-    found = rewards.compare(prefer, prompts, first, second, columns, sides) if pairs else ()
-    matrix = np.full((rows, count, count), 0.5, np.float32)
-    for (b, i, j), p in zip(pairs, found):
-        matrix[b, i, j], matrix[b, j, i] = p, 1 - p
-    return matrix
-
-
-def make_judge(config: Config, loaded: hf.Loaded) -> Callable[[dict, sampling.Samples], Verdict]:
-    """Makes `judge(asked, samples) -> Verdict`, of the preference or the reward that the configuration names."""
-    prefer = rollouts.find_function("prefer", config.prefer) if config.prefer else None
-    summands = [] if prefer else [rollouts.rule(config.reward, 1.0)]
-
-    def judge(asked: dict, samples: sampling.Samples) -> Verdict:
-        count = samples.truncated.shape[1]
-        if prefer:
-            own = distributed.own_rows(samples.tokens)
-            here = distributed.take_own_rows({name: getattr(samples, name) for name in ("tokens", "mask", "truncated")})
-            tokens, mask = (here[name].reshape(-1, here[name].shape[-1]) for name in ("tokens", "mask"))
-            completions = grouped(text.decode(loaded.tokenizer, tokens, mask, eos_ids=loaded.eos_ids), count)
-            found = ask(prefer, asked, own, completions, here["truncated"])
-            preferences = distributed.join_rows(found, samples.tokens)
-        else:
-            verdict = rollouts.judge(summands, loaded, asked, in_rows(samples), count)
-            completions, scores = grouped(verdict.completions, count), verdict.reward.reshape(-1, count)
-            preferences = common.to_host(rewards.preference_matrix(jnp.asarray(config.reward_scale * scores)))
-        missing = common.to_host(samples.truncated).astype(np.float32)
-        shift = config.missing_eos_penalty * (missing[:, None, :] - missing[:, :, None])
-        return Verdict(completions, rewards.shift_preference(preferences, shift))
-
-    return judge
-
-
-def grouped(texts: Sequence[str], count: int) -> list[list[str]]:
-    """Texts of rows as lists of so many, one for each prompt."""
-    return [list(texts[i : i + count]) for i in range(0, len(texts), count)]
 
 
 def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Callable[..., dict[str, Any]]:
@@ -274,12 +186,14 @@ def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Ca
     model = models.mixture(loaded.model) if players[0] == "mixture" else loaded.model
     compare = jax.jit(partial(sampling.parity_report, model, temperature=config.temperature))
 
-    def record(step: int, policies: dict[str, Params], asked: dict, samples: sampling.Samples, verdict: Verdict):
+    def record(step: int, policies: dict[str, Params], asked: dict, samples: sampling.Samples, verdict: duels.Verdict):
         rates = rewards.mean_win_rates(jnp.asarray(verdict.preferences), include_self=False)
         texts = [text for row in verdict.completions for text in row]
         about = {"row_ids": (np.arange(len(rates))[:, None] * counts + own).ravel(), "player": [*players] * len(rates)}
-        rollouts.save(config, loaded, step, asked, in_rows(samples), common.to_host(rates).ravel(), {}, texts, **about)
-        return rollouts.parity_metrics(compare(policies[players[0]], of_first(samples))) if step == 1 else {}
+        rollouts.save(
+            config, loaded, step, asked, duels.in_rows(samples), common.to_host(rates).ravel(), {}, texts, **about
+        )
+        return rollouts.parity_metrics(compare(policies[players[0]], duels.of_first(samples))) if step == 1 else {}
 
     return record
 
@@ -308,7 +222,9 @@ def make_batch(
     metrics = {"preference": preferences[counted, 0, 1].mean()}
     if loss is losses.nash_md:
         weights = jnp.asarray(counted, jnp.float32)
-        return nash_md.Batch(*of_first(parts), preference=jnp.asarray(preferences[:, 0, 1]), weights=weights), metrics
+        return nash_md.Batch(
+            *duels.of_first(parts), preference=jnp.asarray(preferences[:, 0, 1]), weights=weights
+        ), metrics
     rates = common.to_host(rewards.mean_win_rates(jnp.asarray(preferences)))
     sides, tie = np.stack([rates.argmax(axis=1), rates.argmin(axis=1)], axis=1), np.ptp(rates, axis=1) < 1e-6
     sides[tie] = [0, 1]
@@ -323,23 +239,14 @@ def make_batch(
     used = counted & (config.keep_ties | ~tie)
     metrics |= {"ties": tie[counted].mean()}
     return preference.Batch(
-        *chosen(parts, sides),
+        *duels.chosen(parts, sides),
         weights=jnp.asarray(used, jnp.float32),
         extra={name: jnp.asarray(extra[name]) for name in losses.needed(loss)},
     ), metrics
 
 
-def describe(samples: sampling.Samples, verdict: Verdict, counted: np.ndarray) -> dict[str, Any]:
-    """What samples were like, over the prompts that count."""
-    distinct = np.array([len(set(found)) for found in verdict.completions], np.int32)
-    distinct = distributed.join_rows(distinct, samples.tokens)
-    sizes = common.to_host({"length": samples.lengths, "truncated": samples.truncated})
-    means = {name: x[counted].mean() for name, x in sizes.items()}
-    return means | {"duplicates": (1 - distinct / samples.lengths.shape[1])[counted].mean()}
-
-
 def make_evaluate(
-    config: Config, loaded: hf.Loaded, judge: Callable[..., Verdict], asked: dict, mesh: jax.sharding.Mesh
+    config: Config, loaded: hf.Loaded, judge: Callable[..., duels.Verdict], asked: dict, mesh: jax.sharding.Mesh
 ) -> Callable[[Params], tuple[dict[str, float], Sequence[str]]]:
     """Makes `evaluate(params) -> (metrics, completions)`: how often held-out completions beat those of the start.
 
@@ -354,7 +261,7 @@ def make_evaluate(
     def evaluate(params: Params) -> tuple[dict[str, float], Sequence[str]]:
         samples = draw({"policy": params, "start": loaded.params}, rows, key)
         verdict = judge(asked, samples)
-        own = of_first(samples)
+        own = duels.of_first(samples)
         scored = [logp(p, own.tokens, own.segments, mask=own.mask) for p in (params, loaded.params)]
         sizes = common.to_host({"length": own.lengths, "truncated": own.truncated})
         values = {
@@ -378,7 +285,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
     check(config, mesh)
     players = METHODS[config.method].players * (config.samples if config.method == "sppo" else 1)
     loaded = common.load_policy(config.model, mesh=mesh, compute_dtype=jnp.bfloat16 if config.bfloat16 else None)
-    judge, hyper = make_judge(config, loaded), hyperparameters(config)
+    judge, hyper = duels.make_judge(config, loaded), hyperparameters(config)
     prompts = rollouts.load_prompts(config, loaded)
     schedule = {"steps": config.steps, "warmup": config.warmup, "schedule": config.schedule}
     optimizer = common.make_optimizer(config.learning_rate, max_grad_norm=config.max_grad_norm, **schedule)
@@ -420,11 +327,11 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
                 average = follow(average, state.params, rate=config.ema_rate)
             if config.reference_every and step % config.reference_every == 0:
                 reference = follow(reference, state.params, rate=config.reference_rate)
-            metrics |= measured | describe(samples, verdict, counted)
+            metrics |= measured | duels.describe(samples, verdict, counted)
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
-            run.log(step, metrics, partial(suspects.of_players, asked, in_rows(samples), verdict))
+            run.log(step, metrics, partial(suspects.of_players, asked, duels.in_rows(samples), verdict))
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)

@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import time
 import zlib
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import restarts
 import running
-import survivors
 from restarts import Job, Life
 from tiny_folder import save_tiny_model  # pyright: ignore[reportMissingImports]
 
@@ -42,7 +40,6 @@ ALL = {"model": "{}/model", "held_out": 0.2, "evaluate_every": 6, "learning_rate
 VOWELS, PREFER = {"reward": "{}/mine.py:vowels"}, {"prefer": "{}/mine.py:prefer"}
 PASSES = {"epochs": 2, "minibatches": 2}
 CONTROLLED = {"kl_target": 0.1, "target_kl": 0.05, "entropy_weight": 0.01, "entropy_target": 2.0}
-
 # Every script, with the options that have a state of their own: name -> script, kind of rows, options.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sft": ("sft", "texts", {}),
@@ -117,7 +114,9 @@ class Work:
         """The file for what the next life of a job prints."""
         folder = self.folder / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{job.output.name}-{sum(1 for _ in folder.glob(f'{job.output.name}-*')):02d}.log"
+        file = folder / f"{job.output.name}-{sum(1 for _ in folder.glob(f'{job.output.name}-*')):02d}.log"
+        file.touch()  # it is this one's, also if another process begins before it says anything
+        return file
 
     def start(self, job: Job) -> Life:
         """Starts a job, or a further life of it."""
@@ -330,35 +329,6 @@ def occupied(work: Work, case: str) -> str:
     assert life.wait() == 0, life.said()[-4000:]
     work.same(case, job)
     return second.said().strip().splitlines()[-1].removeprefix("ValueError: ").replace(str(work.folder), "")
-
-
-def bereaved(work: Work, case: str) -> str:
-    """Of two processes one is killed: the other ends within a minute with 76; then both, to the end."""
-    alone, rng = pair(work, case, "two, alone"), work.rng(case, "bereaved")
-    for life in alone:
-        assert life.wait() == 0, life.said()[-4000:]
-    lives = pair(work, case, "two, killed")
-    folder, step, victim = lives[0].job.output, int(rng.integers(3, 10)), int(rng.integers(2))
-    assert lives[victim].until(lambda: restarts.lines(folder) > step), lives[0].said()[-4000:]
-    lives[victim].kill()
-    began = time.monotonic()
-    code = lives[1 - victim].wait(60)
-    seconds, said = time.monotonic() - began, lives[1 - victim].said()
-    assert code == survivors.PEER_LOST and "another process died" in said, f"ended with {code}:\n{said[-4000:]}"
-    for life in pair(work, case, "two, killed"):
-        assert life.wait() == 0, life.said()[-4000:]
-    found = restarts.differences(alone[0].job.output, folder)
-    assert not found, f"{folder} differs from the run of two processes left alone in {found}"
-    return f"process {victim} killed at step {step}; the other: exit {code} after {seconds:.0f} s"
-
-
-def pair(work: Work, case: str, name: str) -> list[Life]:
-    """A run as two processes, started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
-    together = {"coordinator": where, "processes": 2}
-    return [work.start(work.job(case, name, **together, process=number)) for number in range(2)]
 
 
 def repeated(work: Work, case: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 
+import duels
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,7 +138,7 @@ def test_the_judge_knows_prompts_columns_and_who_was_cut_off(tiny_folder, tmp_pa
     cut = jnp.array([[True, False], [True, True]])
     samples = sampling.Samples(tokens, mask.astype(int), mask, mask * 0.0, mask.sum(-1), cut)
     asked = {"prompts": ["say 1", "say 2"], "columns": [{"answer": "1"}, {"answer": "2"}]}
-    verdict = online_preference.make_judge(config, loaded)(asked, samples)
+    verdict = duels.make_judge(config, loaded)(asked, samples)
     assert verdict.completions == [["a", "bb"], ["aaa", "aaa"]]
     logit = {"prefer": np.log(0.1 / 0.9), "reward": 2.0}[route] - 0.5  # "a" < "bb", and was cut off
     p = 1 / (1 + np.exp(-logit))
@@ -172,9 +173,9 @@ def test_a_process_asks_about_its_own_prompts_alone():
         return [0.9 if cut and not other else 0.5 for cut, other in zip(first_truncated, second_truncated)]
 
     asked = {"prompts": ["0", "1", "2"], "columns": [{}, {}, {"answer": 2}]}
-    found = online_preference.ask(prefer, asked, np.array([2]), [["a", "b"]], np.array([[False, True]]))
+    found = duels.ask(prefer, asked, np.array([2]), [["a", "b"]], np.array([[False, True]]))
     np.testing.assert_allclose(found, [[[0.5, 0.3], [0.7, 0.5]]], rtol=1e-6)
-    nothing = online_preference.ask(prefer, asked, np.array([], int), [], np.zeros((0, 2), bool))
+    nothing = duels.ask(prefer, asked, np.array([], int), [], np.zeros((0, 2), bool))
     assert nothing.shape == (0, 2, 2)
 
 
