@@ -15,7 +15,8 @@ from alignax import models, precision, sharding, train
 from alignax.types import Mean, Term
 
 KEY = jax.random.key(0)
-encode = jax.jit(precision.encode, static_argnums=2)
+encode, decode = (jax.jit(function, static_argnums=2) for function in (precision.encode, precision.decode))
+round_bfloat16 = jax.jit(precision.round_bfloat16)
 
 
 # bfloat16 computing
@@ -58,7 +59,7 @@ def test_bfloat16_computing_keeps_losses_gradients_and_masters_float32(name):
     assert np.linalg.norm(flat - flat_expected) < 0.05 * np.linalg.norm(flat_expected)
     # Masters take steps that bfloat16 would round away.
     start, moved = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (tiny()[1], params))
-    rounded = (start != moved) & (jnp.asarray(start, jnp.bfloat16) == jnp.asarray(moved, jnp.bfloat16))
+    rounded = (start != moved) & (start.astype(jnp.bfloat16) == moved.astype(jnp.bfloat16))
     assert rounded.mean() > 0.3
 
 
@@ -77,14 +78,14 @@ def test_no_loss_scale_is_needed(name):
 
 def test_bfloat16_is_rounded_to_a_neighbour_and_keeps_the_mean():
     x = np.float32([1.003, -1.003, 3.14159, 1e-20, 0.0, 2.0])
-    drawn = np.asarray(precision.round_bfloat16(KEY, jnp.tile(x, (20_000, 1))), np.float32)
+    drawn = np.asarray(round_bfloat16(KEY, np.tile(x, (20_000, 1))), np.float32)
     word = x.view(np.uint32)
     toward_zero, away = ((word >> 16 << 16).view(np.float32), ((word >> 16) + 1 << 16).view(np.float32))
     assert np.all((drawn == toward_zero) | (drawn == away))
     np.testing.assert_allclose(drawn.mean(0), x, rtol=1e-4)  # the nearest bfloat16 of 1.003 is 1.0
     assert np.all(drawn[:, 4:] == x[4:])  # what it holds exactly it keeps
-    odd = jnp.array([np.inf, -np.inf, np.nan, 3.3e38])
-    np.testing.assert_allclose(np.asarray(precision.round_bfloat16(KEY, odd), np.float32), odd, rtol=2**-7)
+    odd = np.float32([np.inf, -np.inf, np.nan, 3.3e38])
+    np.testing.assert_allclose(np.asarray(round_bfloat16(KEY, odd), np.float32), odd, rtol=2**-7)
 
 
 def levels_of(block):
@@ -99,7 +100,7 @@ def test_eight_bits_are_neighbouring_levels_and_keep_the_mean(squared):
     rng = np.random.default_rng(0)
     x = (rng.choice([-1, 1], (2, 40)) * 2.0 ** rng.uniform(-10, 0, (2, 40))).astype(np.float32)
     x = x**2 if squared else x
-    many = jnp.tile(x, (3000, 1, 1))
+    many = np.tile(x, (3000, 1, 1))
     code, scales = encode(KEY, many, 16)
     assert code.shape == many.shape and code.dtype == jnp.uint8 and scales.shape == (3000, 2, 3)  # 16, 16 and 8
     drawn = np.asarray(precision.decode(code, scales, 16))
@@ -122,24 +123,25 @@ def test_small_second_moments_survive_as_they_do_not_on_a_linear_scale():
     second[0, 0] = 1.0
     linear = np.round(second * 255) / 255
     assert linear[0, 1] == 0  # and Adam would divide by its epsilon
-    found = precision.decode(*encode(KEY, second, 128), 128)
+    found = decode(*encode(KEY, second, 128), 128)
     np.testing.assert_allclose(found, second, rtol=0.07)
     second[0, 1:] = 1e-12  # below the lowest level, 2^-24 of the largest: raised, and zero only where it was
     second[0, 5] = 0
-    found = np.asarray(precision.decode(*encode(KEY, second, 128), 128))[0]
+    found = np.asarray(decode(*encode(KEY, second, 128), 128))[0]
     assert found[5] == 0 and np.all(found[6:] > 5e-8) and np.all(found[6:] < 7e-8)
 
 
 def test_a_second_moment_of_decay_0_999_moves_only_when_rounded_at_random():
     """v from 1 towards 0.25 in 2000 steps; the closed form is 0.25 + 0.75 * 0.999^2000 = 0.351."""
     expected = 0.25 + 0.75 * 0.999**2000
-    start = jnp.ones((1, 512)).at[:, 0].set(1.7)  # blocks need not be of one value
+    start = np.ones((1, 512), np.float32)
+    start[:, 0] = 1.7  # blocks need not be of one value
 
     def steps(put, get):
         def one(i, kept):
             return put(jax.random.fold_in(KEY, i), 0.999 * get(kept) + 0.001 * 0.25)
 
-        return np.asarray(get(jax.jit(lambda x: jax.lax.fori_loop(0, 2000, one, x))(put(KEY, start))))[:, 1:]
+        return np.asarray(jax.jit(lambda x: get(jax.lax.fori_loop(0, 2000, one, put(KEY, x))))(start))[:, 1:]
 
     nearest = steps(lambda key, x: x.astype(jnp.bfloat16), lambda x: x.astype(jnp.float32))
     assert np.all(nearest == 1.0)
@@ -154,7 +156,7 @@ def test_a_second_moment_of_decay_0_999_moves_only_when_rounded_at_random():
 # The wrapped optimizer
 
 SHAPES = {"layers": {"up": {"kernel": (2, 32, 192), "bias": (2, 192)}}, "embed": {"embedding": (64, 64)}}
-PARAMS = jax.tree.map(lambda shape: jnp.ones(shape), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+PARAMS = jax.tree.map(lambda shape: np.ones(shape, np.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -195,7 +197,7 @@ def trained(bits):
     """Losses of 100 updates of a language model of bigrams, and its last state."""
     rng = np.random.default_rng(0)
     params = {"embed": {"embedding": rng.normal(size=(64, 32))}, "head": {"kernel": rng.normal(size=(32, 64))}}
-    params = jax.tree.map(lambda x: jnp.asarray(0.1 * x, jnp.float32), params)
+    params = jax.tree.map(lambda x: (0.1 * x).astype(np.float32), params)
     first = rng.zipf(1.3, 512) % 64  # some tokens are rare, and their second moments small
     batch = np.stack([first, (first * 5 + rng.integers(0, 3, 512)) % 64], axis=1).astype(np.int32)
     optimizer = optax.adamw(1e-2)
@@ -207,7 +209,7 @@ def trained(bits):
         traces.append(1)
         return update(state, batch)
 
-    state, losses = train.TrainState.create(params, optimizer), []
+    state, losses = jax.jit(lambda params: train.TrainState.create(params, optimizer))(params), []
     step = jax.jit(counted, donate_argnums=0)
     for _ in range(100):
         before, (state, metrics) = state, step(state, batch)
@@ -236,13 +238,14 @@ def square(params, batch, frozen, hyper):
 def test_pmap_rounds_as_jit_does_and_steps_left_out_leave_the_state_alone():
     optimizer = precision.compressed(optax.adamw(0.1), bits=8, smallest=1)
     update = jax.jit(train.make_update(square, optimizer))
-    start = train.TrainState.create({"w": jnp.arange(6.0).reshape(2, 3)}, optimizer)
-    first, _ = update(start, jnp.ones((2, 3)))
+    params = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    start = jax.jit(lambda params: train.TrainState.create(params, optimizer))(params)
+    first, _ = update(start, np.ones((2, 3), np.float32))
     mapped = jax.pmap(train.make_update(square, optimizer, axis_name="device"), axis_name="device")
-    other, _ = mapped(sharding.replicate(start), jnp.ones((1, 2, 3)))
+    other, _ = mapped(sharding.replicate(start), np.ones((1, 2, 3), np.float32))
     same = sharding.unreplicate(other)
     jax.tree.map(np.testing.assert_array_equal, (same.params, same.opt_state), (first.params, first.opt_state))
-    after, metrics = update(first, jnp.full((2, 3), jnp.nan))
+    after, metrics = update(first, np.full((2, 3), np.nan, np.float32))
     assert metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (first.params, first.opt_state))
 
@@ -251,11 +254,11 @@ def test_what_cannot_be_compressed_is_refused():
     with pytest.raises(ValueError, match="bits=4, block=128; expected 16 or 8 bits"):
         precision.compressed(optax.sgd(1.0), bits=4)
     with pytest.raises(ValueError, match=r"holds \['bfloat16'\]; expected float32"):
-        precision.compressed(optax.adam(1.0, mu_dtype=jnp.bfloat16)).init(PARAMS)
+        jax.eval_shape(precision.compressed(optax.adam(1.0, mu_dtype=jnp.bfloat16)).init, PARAMS)
 
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_numbers_stay_as_they_are(bits):
     optimizer = precision.compressed(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), bits=bits, smallest=0)
-    state = optimizer.init({"x": jnp.ones((2, 3))})
+    state = jax.jit(optimizer.init)({"x": np.ones((2, 3), np.float32)})
     assert state.values.hyperparams["learning_rate"] == np.float32(0.1)
