@@ -1,5 +1,6 @@
 """What learning from single answers does beyond the common invariances: statistics, a running delta, refusals."""
 
+import functools
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import ROWS, assert_same, on_one_device, problems, three_updates, tiny
+from problems import ROWS, assert_same, on_one_device, problems, small, three_updates
 
 from alignax import losses, train
 from alignax.algorithms import kto
@@ -18,16 +19,21 @@ from alignax.types import Mean
 
 @pytest.fixture(scope="module")
 def problem():
-    return problems()["kto"]
+    return problems(small)["kto"]
+
+
+@functools.cache
+def logprobs():
+    """Of every token, compiled once."""
+    return jax.jit(partial(token_logprobs, small()[0]))
 
 
 def log_ratios(problem, prefix=""):
     """Of whole answers, in float64, one by one: what the formulas are about."""
-    model, params = tiny()
     tokens, segments, mask = (getattr(problem.batch, prefix + name) for name in ("tokens", "segments", "mask"))
     logp, ref = (
-        np.asarray(jax.jit(partial(token_logprobs, model))(p, tokens, segments, mask=mask), np.float64)
-        for p in (params, problem.frozen["reference"])
+        np.asarray(logprobs()(p, tokens, segments, mask=mask), np.float64)
+        for p in (small()[1], problem.frozen["reference"])
     )
     return np.sum(np.where(mask, logp - ref, 0.0), axis=1)
 
@@ -38,7 +44,7 @@ def sigmoid(x):
 
 def test_the_first_update_is_the_formula(problem):
     """Loss, KL and metrics by hand, over the rows that count; the empty mismatched row is left out of the KL."""
-    model, params = tiny()
+    model, params = small()
     batch, beta, hyper = problem.batch, 0.3, {"beta": 0.3, "desirable_weight": 0.7, "undesirable_weight": 1.2}
     update = jax.jit(
         train.make_update(kto.make_loss(model), optax.sgd(0.0), statistics=kto.make_statistics(model), microbatches=2)
@@ -79,14 +85,14 @@ def test_bco_over_micro_batches(problem):
     run = on_one_device()
     expected = three_updates(bco, run=run)
     assert_same(three_updates(bco, microbatches=8), expected)
-    model, params = tiny()
+    model, params = small()
     statistics = kto.make_statistics(model, loss=losses.bco)
     assert statistics is not None
-    found = jax.jit(statistics)(params, bco.batch, bco.frozen, hyper)["delta"].value()
+    found = jax.jit(lambda *x: statistics(*x)["delta"].value())(params, bco.batch, bco.frozen, hyper)
     counted = weights * problem.batch.mask.any(axis=1)
     mean = np.sum(counted * 0.3 * log_ratios(bco)) / np.sum(counted)
     np.testing.assert_allclose(found, 0.5 + 0.25 * (mean - 0.5), rtol=1e-5)
-    running, _ = losses.bco_delta(0.5, 3.0, Mean(jnp.asarray(mean), jnp.ones(())))  # one row in four
+    running, _ = jax.jit(lambda mean: losses.bco_delta(0.5, 3.0, Mean(mean, jnp.ones(()))))(mean)  # one row in four
     np.testing.assert_allclose(running, found, rtol=1e-5)
 
 
@@ -108,11 +114,13 @@ def test_rows_that_weigh_nothing_change_nothing(problem):
 
 
 def test_the_references_log_probabilities_may_come_with_the_batch(problem):
-    model, params = tiny()
+    model, params = small()
     found = {}
     for prefix in ("", "mismatched_"):
         where = {name: getattr(problem.batch, prefix + name) for name in ("tokens", "segments", "mask")}
-        found[f"{prefix}ref_logp"] = jax.jit(partial(token_logprobs, model))(problem.frozen["reference"], **where)
+        found[f"{prefix}ref_logp"] = logprobs()(
+            problem.frozen["reference"], where["tokens"], where["segments"], mask=where["mask"]
+        )
     batch = problem.batch._replace(**found)
     statistics, loss = kto.make_statistics(model), kto.make_loss(model)
     assert statistics is not None
@@ -126,40 +134,54 @@ def test_the_references_log_probabilities_may_come_with_the_batch(problem):
 
 
 def test_the_statistics_have_no_gradient(problem):
-    model, params = tiny()
-    for loss in (losses.kto, losses.bco):
-        statistics = kto.make_statistics(model, loss=loss)
+    model, params = small()
 
-        def total(params, batch, statistics=statistics):
-            return sum(x.value() for x in statistics(params, batch, problem.frozen, {}).values())
+    def total(params, batch, loss):
+        return sum(x.value() for x in kto.make_statistics(model, loss=loss)(params, batch, problem.frozen, {}).values())
 
-        gradient = jax.jit(jax.grad(total))(params, problem.batch)
-        assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+    @jax.jit
+    def gradients(params, batch):
+        return [jax.grad(total)(params, batch, loss) for loss in (losses.kto, losses.bco)]
+
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradients(params, problem.batch)))
 
 
 def test_a_loss_without_statistics(problem):
-    model, params = tiny()
+    model, params = small()
     assert kto.make_statistics(model, loss=losses.apo_zero_unpaired) is None
     assert kto.make_statistics(model, loss=partial(losses.kto, kl=0.0)) is None
     batch = problem.batch._replace(**{f"mismatched_{name}": None for name in ("tokens", "segments", "mask")})
-    values = {}
-    for name, loss in (("apo", losses.apo_zero_unpaired), ("kto", partial(losses.kto, kl=-1.0))):
-        terms, metrics = jax.jit(kto.make_loss(model, loss=loss))(params, batch, problem.frozen, {"beta": 0.3})
-        assert "kl" not in metrics
-        values[name] = terms["rows"].mean.value()
-    assert values["apo"] == values["kto"]
+
+    @jax.jit
+    def values(params, batch, frozen):
+        found = []
+        for loss in (losses.apo_zero_unpaired, partial(losses.kto, kl=-1.0)):
+            terms, metrics = kto.make_loss(model, loss=loss)(params, batch, frozen, {"beta": 0.3})
+            assert "kl" not in metrics
+            found.append(terms["rows"].mean.value())
+        return found
+
+    apo, same = values(params, batch, problem.frozen)
+    assert apo == same
 
 
 def test_one_class_alone(problem):
-    model, params = tiny()
+    model, params = small()
     batch = problem.batch._replace(desirable=np.ones(ROWS, bool))
-    terms, metrics = jax.jit(kto.make_loss(model))(params, batch, problem.frozen, {"kl": 0.1})
-    assert np.isfinite(terms["rows"].mean.value()) and metrics["desirable_fraction"].value() == 1
-    assert metrics["rewards/rejected"].count == 0 and metrics["rewards/rejected"].value() == 0
+
+    @jax.jit
+    def run(params, batch, frozen):
+        terms, metrics = kto.make_loss(model)(params, batch, frozen, {"kl": 0.1})
+        return terms["rows"].mean.value(), [metrics[name].value() for name in names], metrics["rewards/rejected"].count
+
+    names = ("desirable_fraction", "rewards/rejected")
+    loss, (fraction, rejected), count = run(params, batch, problem.frozen)
+    assert np.isfinite(loss) and fraction == 1
+    assert count == 0 and rejected == 0
 
 
 def test_refusals(problem):
-    model, params = tiny()
+    model, params = small()
     batch, frozen = problem.batch, problem.frozen
 
     def refuses(message, function, *args):

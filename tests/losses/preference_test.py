@@ -20,12 +20,13 @@ DIVERGENCES = (losses.f_reverse_kl, losses.f_forward_kl, losses.f_jensen_shannon
 
 def side(x, ref_logp=0.0):
     """Responses of one token each, of these log-ratios: a win rate comes along."""
-    logp = jnp.asarray(x, jnp.float32)[:, None] + ref_logp
-    extra = {"win_rate": jnp.resize(WIN_RATE, len(x))}
-    return Response(logp, jnp.full_like(logp, ref_logp), jnp.ones(logp.shape, bool), extra)
+    logp = np.asarray(x, np.float32)[:, None] + np.float32(ref_logp)
+    extra = {"win_rate": np.resize(WIN_RATE, len(x))}
+    arrays = (logp, np.full_like(logp, ref_logp), np.ones(logp.shape, bool), extra)
+    return Response(*jax.tree.map(jnp.asarray, arrays))
 
 
-WIN_RATE = jnp.array([0.9, 0.2, 0.6, 0.5])
+WIN_RATE = np.array([0.9, 0.2, 0.6, 0.5], np.float32)
 CHOSEN, REJECTED = np.array([1.0, -1.5, 1.75, 0.25]), np.array([-0.5, 2.0, -2.0, 0.5])
 
 
@@ -114,9 +115,9 @@ def test_no_gradient_reaches_the_reference(case):
         chosen, rejected = (Response(logp[i], ref_logp[i], mask, side(CHOSEN).extra) for i in range(2))
         return jnp.sum(case.loss(chosen, rejected))
 
-    mask = jnp.ones((4, 1), bool)
-    logp, ref_logp = jnp.stack([CHOSEN, REJECTED])[..., None], jnp.full((2, 4, 1), -0.5)
-    policy, reference = jax.grad(total, (0, 1))(logp, ref_logp)
+    mask = jnp.asarray(np.ones((4, 1), bool))
+    logp, ref_logp = np.float32([CHOSEN, REJECTED])[..., None], np.full((2, 4, 1), -0.5, np.float32)
+    policy, reference = jax.tree.map(np.asarray, jax.jit(jax.grad(total, (0, 1)))(logp, ref_logp))
     assert np.any(policy != 0)
     np.testing.assert_array_equal(reference, 0.0)
 
@@ -125,15 +126,15 @@ def test_no_gradient_reaches_the_reference(case):
 def test_another_divergence_is_another_log_ratio(case):
     for divergence in DIVERGENCES:
         with_it = case.loss(side(CHOSEN), side(REJECTED), divergence=divergence)
-        of_scores = case.loss(side(divergence(jnp.asarray(CHOSEN))), side(divergence(jnp.asarray(REJECTED))))
+        of_scores = case.loss(*(side(divergence(jnp.asarray(x))) for x in (CHOSEN, REJECTED)))
         np.testing.assert_allclose(with_it, of_scores, rtol=1e-6, err_msg=divergence.__name__)
         assert divergence is losses.f_reverse_kl or np.all(with_it != case.loss(side(CHOSEN), side(REJECTED)))
 
 
 @each()
 def test_finite_far_from_the_reference(case):
-    far = jnp.array([-1e5, -1e4, -200.0, -90.0, -0.0, 90.0, 200.0, 1e4, 1e5], jnp.float32)
-    ratios = jnp.stack([jnp.repeat(far, 9), jnp.tile(far, 9)])
+    far = np.array([-1e5, -1e4, -200.0, -90.0, -0.0, 90.0, 200.0, 1e4, 1e5], np.float32)
+    ratios = np.stack([np.repeat(far, 9), np.tile(far, 9)])
 
     def run(ratios, beta, divergence):
         def total(ratios):  # ten tokens an answer, as a token's log-probability is floored at -1e4
@@ -144,9 +145,10 @@ def test_finite_far_from_the_reference(case):
 
         return jax.grad(total, has_aux=True)(ratios)
 
-    for divergence in DIVERGENCES if case.divergence else DIVERGENCES[:1]:
-        for beta in (0.01, 0.1, 10.0):
-            gradient, loss = run(ratios, beta, divergence)
+    divergences = DIVERGENCES if case.divergence else DIVERGENCES[:1]
+    run_all = jax.jit(lambda ratios, beta: {d.__name__: run(ratios, beta, d) for d in divergences})
+    for beta in (0.01, 0.1, 10.0):
+        for divergence, (gradient, loss) in run_all(ratios, beta).items():
             assert np.all(np.isfinite(loss)), (divergence, beta)
             assert np.all(np.isfinite(gradient)), (divergence, beta)
 
@@ -182,14 +184,17 @@ def test_known_numbers_are_checked_inside_jit_too():
 
 
 def test_dpo_of_the_other_order_is_more_by_the_logit():
-    swapped, straight = losses.dpo(side(REJECTED), side(CHOSEN)), losses.dpo(side(CHOSEN), side(REJECTED))
+    swapped, straight = (np.asarray(losses.dpo(*pair)) for pair in reversed(both_orders()))
     np.testing.assert_allclose(swapped - straight, 0.1 * (CHOSEN - REJECTED), rtol=1e-5, atol=1e-7)
 
 
 def test_dpo_keeps_its_digits_where_the_pair_is_right():
     # log(1 + e^-z) = e^-z to float32 at z = 30, where softplus(z) - z is 0
-    value, gradient = jax.value_and_grad(lambda x: losses.dpo(side(x), side([0.0]), beta=1.0)[0])(jnp.array([30.0]))
-    np.testing.assert_allclose([value, -gradient[0]], math.exp(-30), rtol=1e-5)
+    def loss(logp):
+        return losses.dpo(side([0.0])._replace(logp=logp), side([0.0]), beta=1.0)[0]
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(np.full((1, 1), 30, np.float32))
+    np.testing.assert_allclose([value, -float(gradient[0, 0])], math.exp(-30), rtol=1e-5)
 
 
 def test_long_answers_keep_the_digits_of_their_log_ratio():
@@ -199,7 +204,7 @@ def test_long_answers_keep_the_digits_of_their_log_ratio():
     ref_logp = (logp + rng.normal(0, 0.05, logp.shape)).astype(np.float32)
     x_chosen, x_rejected = (logp.astype(np.float64) - ref_logp).sum(axis=-1)
     sides = (Response(*map(jnp.asarray, arrays), jnp.ones((4, 4096), bool)) for arrays in zip(logp, ref_logp))
-    margin = losses.gpo(*sides, convex=lambda z: z, beta=1.0)
+    margin = jax.jit(functools.partial(losses.gpo, convex=lambda z: z, beta=1.0))(*sides)
     np.testing.assert_allclose(margin, x_chosen - x_rejected, atol=1e-5)
 
 
@@ -225,7 +230,7 @@ def test_a_loss_of_each_side_needs_a_reference(case):
 
 def test_robust_dpo_of_flipped_labels_is_dpo_on_average():
     eps = 0.3
-    straight, flipped = (losses.robust_dpo(*pair, label_smoothing=eps) for pair in both_orders())
+    straight, flipped = (np.asarray(losses.robust_dpo(*pair, label_smoothing=eps)) for pair in both_orders())
     np.testing.assert_allclose((1 - eps) * straight + eps * flipped, losses.dpo(side(CHOSEN), side(REJECTED)), 1e-5)
     far = losses.robust_dpo(side([1000.0]), side([0.0]), label_smoothing=eps)
     assert far < 0  # no bug: an unbiased estimate has no lower bound
@@ -239,9 +244,15 @@ def test_exo_rests_where_the_policy_has_the_labels_odds():
     eps = 0.1
     best = math.log((1 - eps) / eps) / 0.1
     loss = functools.partial(losses.exo_pair, label_smoothing=eps)
-    value, gradient = jax.value_and_grad(lambda x: loss(side(x), side([0.0]))[0])(jnp.array([best]))
-    np.testing.assert_allclose([value, gradient[0]], 0.0, atol=1e-7)
-    assert np.all(loss(side([best - 1, best + 1]), side([0.0, 0.0])) > 0)
+
+    @jax.jit
+    def run(logp, beside):
+        resting = jax.value_and_grad(lambda x: loss(side([0.0])._replace(logp=x), side([0.0]))[0])(logp)
+        return resting, loss(beside, side([0.0, 0.0]))
+
+    (value, gradient), higher = run(np.full((1, 1), best, np.float32), side([best - 1, best + 1]))
+    np.testing.assert_allclose([value, float(gradient[0, 0])], 0.0, atol=1e-7)
+    assert np.all(np.asarray(higher) > 0)
 
 
 def test_official_exo_is_exo_less_a_constant():
@@ -253,7 +264,7 @@ def test_official_exo_is_exo_less_a_constant():
 
 def test_discopop_has_a_basin_at_a_small_negative_margin():
     grid = np.linspace(-8, 2, 101)
-    loss = losses.discopop(side(grid), side(np.zeros(101)))
+    loss = jax.jit(losses.discopop)(side(grid), side(np.zeros(101)))
     falls = np.diff(loss) < 0
     assert falls[0] and falls[-1] and not falls.all()
     assert -4 < grid[np.argmin(falls)] < 0  # where it turns up
@@ -262,7 +273,7 @@ def test_discopop_has_a_basin_at_a_small_negative_margin():
 def test_discopop_of_tau_1():
     """m e^-z is then 1 - m: (1 - m) (1 + log(1 + e^-z)), also where e^-z is far beyond float32."""
     z = np.array([-1000.0, -100.0, -2.0, 0.0, 3.0, 30.0])
-    loss = losses.discopop(side(z), side(np.zeros(6)), beta=1.0, tau=1.0)
+    loss = jax.jit(functools.partial(losses.discopop, beta=1.0, tau=1.0))(side(z), side(np.zeros(6)))
     np.testing.assert_allclose(loss, (1 + np.logaddexp(0, -z)) * np.exp(-np.logaddexp(0, z)), rtol=1e-5)
 
 
