@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from alignax.models import LayerKind, TransformerConfig, attention, kernels, transformer
 from alignax.sampling import generate
@@ -63,7 +64,7 @@ def test_forked_attention_row_by_row(group, window, scalar):
     config = dataclasses.replace(CONFIG, pattern=(LayerKind(window=window),))
     (spans,) = kernels.spans(config, jnp.asarray(positions), jnp.asarray(LENGTHS))
     cache = attention.ForkedCache(shared_cache, own_cache)
-    found = compiled(scalar)(jnp.asarray(queries), cache, spans)
+    found = np.asarray(compiled(scalar)(queries, cache, spans))
     for row in range(rows):
         prompt, length = row // group, LENGTHS[row // group]
         first = 0 if window is None else max(positions[row] - window + 1, 0)
@@ -81,7 +82,7 @@ def test_whole_rows_without_a_shared_part():
     positions = np.array([0, 64, 127])
     config = dataclasses.replace(CONFIG, pattern=(LayerKind(), LayerKind(window=2)))
     for spans, window in zip(kernels.spans(config, jnp.asarray(positions), None), (1000, 2)):
-        found = compiled(None)(jnp.asarray(queries), cache, spans)
+        found = np.asarray(compiled(None)(queries, cache, spans))
         for row, at in enumerate(positions):
             seen = tuple(x[row][:, max(at - window + 1, 0) : at + 1] for x in own)
             np.testing.assert_allclose(found[row, 0], expected(queries[row, 0], [seen], D), atol=1e-5)
@@ -90,14 +91,14 @@ def test_whole_rows_without_a_shared_part():
 def test_a_row_that_sees_nothing_is_finite():
     """A row that is done may point behind its slots."""
     _, cache = cached(np.random.default_rng(5), 3)
-    spans = kernels.Spans(jnp.full(3, 300), jnp.full(3, 301))
-    assert np.all(np.asarray(compiled(None)(jnp.ones((3, 1, KV * G, D)), cache, spans)) == 0)
+    spans = kernels.Spans(np.full(3, 300), np.full(3, 301))
+    assert np.all(np.asarray(compiled(None)(np.ones((3, 1, KV * G, D), np.float32), cache, spans)) == 0)
 
 
 @functools.cache
 def forward():
     model = transformer(PLAIN)
-    params = model.init(jax.random.key(1))
+    params = drawn(model, 0.4)
     return params, jax.jit(lambda *row: model.logits(params, model.hidden(params, *row).states))
 
 
@@ -107,7 +108,7 @@ def test_greedy_generation_is_what_the_forward_pass_prefers(group):
     params, logits_of = forward()
     sample = jax.jit(functools.partial(generate, transformer(CONFIG), max_new_tokens=7, group=group))
     prompts, lengths = np.array([[1, 2, 3, 4, 5], [6, 1, 0, 0, 0], [3, 0, 0, 0, 0]]), np.array([5, 2, 1])
-    samples = sample(params, jnp.asarray(prompts), jnp.asarray(lengths), jax.random.key(0), temperature=0.0)
+    samples = jax.device_get(sample(params, prompts, lengths, jax.random.key(0), temperature=0.0))
     logits = np.asarray(logits_of(samples.tokens, samples.segments), np.float64)
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     for row, column in np.argwhere(samples.mask):
@@ -121,17 +122,21 @@ def test_several_tokens_at_a_time_read_the_same_cache():
     """A prefill at explicit positions and two more tokens at once: the plain way over keys stored for the kernel."""
     params, logits_of = forward()
     model = transformer(CONFIG)
-    tokens = jnp.asarray(np.random.default_rng(6).integers(0, 32, (2, 6)), jnp.int32)
-    cache, found = model.init_cache(2, 6), []
+    tokens = np.random.default_rng(6).integers(0, 32, (2, 6)).astype(np.int32)
+    cache, found = jax.jit(lambda: model.init_cache(2, 6))(), []
     assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(2, 2, 64, 16)}  # a whole piece
-    step = jax.jit(model.hidden)
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        hidden = model.hidden(params, tokens, jnp.ones_like(tokens), positions=positions, cache=cache)
+        return hidden.cache, model.logits(params, hidden.states)
+
     for start, stop in ((0, 2), (2, 4), (4, 6)):
-        positions = jnp.broadcast_to(jnp.arange(start, stop), (2, 2))
-        hidden = step(params, tokens[:, start:stop], jnp.ones_like(positions), positions=positions, cache=cache)
-        cache = hidden.cache
-        found.append(model.logits(params, hidden.states))
+        positions = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (2, 2))
+        cache, logits = step(params, tokens[:, start:stop], positions, cache)
+        found.append(logits)
     assert all(isinstance(layer, attention.SlotMajorCache) for layer in cache)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), logits_of(tokens, jnp.ones_like(tokens)), atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(found, axis=1), logits_of(tokens, np.ones_like(tokens)), atol=1e-5)
 
 
 AUTOMATIC = dataclasses.replace(CONFIG, decode_attention=None)
