@@ -42,14 +42,14 @@ def test_missing_rewards(name):
     rewards = np.random.default_rng(0).normal(size=(4, 4, 5)).astype(np.float32)
     rewards[0, 1, 2] = rewards[0, 3] = rewards[1, :, 0] = rewards[2] = np.nan
     row = TestRows.rows[name]
-    result = row.call({"rewards": jnp.asarray(rewards)})
+    result = np.asarray(jax.jit(row.call)({"rewards": rewards}))
     np.testing.assert_allclose(result, row.reference({"rewards": rewards}), rtol=1e-5, atol=1e-6)
     assert result[0, 3] == 0 and not np.any(result[2])
 
 
 @pytest.mark.parametrize("name", TestRows.rows)
 def test_equal_rewards_give_exactly_0(name):
-    result = TestRows.rows[name].call({"rewards": jnp.full((2, 3, 5), 0.1)}, eps=0.0)
+    result = jax.jit(TestRows.rows[name].call)({"rewards": np.full((2, 3, 5), 0.1, np.float32)}, eps=0.0)
     np.testing.assert_array_equal(result, np.zeros((2, 3)))
 
 
@@ -63,15 +63,19 @@ def test_a_group_of_one_and_other_weights_are_refused(name):
 
 def test_only_normalised_rewards_keep_the_small_one_apart():
     """Two rewards, one a thousand times the other: their sum hides which answers had the small one."""
-    rewards = jnp.array([[[1000.0, 1.0], [1000.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
-    summed = advantages.multi_reward_sum(rewards, jnp.ones(2))[0]
-    apart = advantages.multi_reward_normalised(rewards, jnp.ones(2))[0]
+    rewards = np.float32([[[1000.0, 1.0], [1000.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
+    both = jax.jit(lambda x, w: (advantages.multi_reward_sum(x, w), advantages.multi_reward_normalised(x, w)))
+    (summed,), (apart,) = jax.tree.map(np.asarray, both(rewards, np.ones(2, np.float32)))
     assert abs(summed[0] - summed[1]) < 0.01 and abs(apart[0] - apart[1]) > 1.0
     np.testing.assert_allclose(apart[1], apart[2], atol=1e-3)  # up to eps
 
 
 def test_they_are_constants():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2)), jnp.float32)
-    for f in (advantages.multi_reward_sum, advantages.multi_reward_normalised):
-        gradients = jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), (0, 1))(x, jnp.ones(2))
-        assert not any(np.any(g) for g in gradients)
+    x = np.random.default_rng(0).normal(size=(2, 3, 2)).astype(np.float32)
+
+    @jax.jit
+    def gradients(x, w):
+        functions = (advantages.multi_reward_sum, advantages.multi_reward_normalised)
+        return [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), (0, 1))(x, w) for f in functions]
+
+    assert not any(np.any(g) for g in jax.tree.leaves(jax.tree.map(np.asarray, gradients(x, np.ones(2, np.float32)))))

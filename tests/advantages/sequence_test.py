@@ -55,37 +55,50 @@ def test_rows_that_could_not_be_scored_take_no_part():
     rewards[1, 2] = np.nan  # where the mask is on
     rewards[3, 4] = np.nan  # where it is off
     rest = np.array([0, 2, 3])
-    x = {"rewards": jnp.asarray(rewards), "mask": jnp.asarray(mask)}
-    result = advantages.reinforce_plus_plus(**x)
+    baseline = np.float32([0.5, 0.5, np.nan, 0.5])
+
+    @jax.jit
+    def run(rewards, mask, baseline):
+        plus_plus = advantages.reinforce_plus_plus
+        alone = plus_plus(rewards[rest], mask[rest])
+        return plus_plus(rewards, mask), alone, advantages.remax(rewards, baseline, mask)
+
+    result, alone, against_baseline = jax.tree.map(np.asarray, run(rewards, mask, baseline))
     np.testing.assert_array_equal(result[1], np.zeros(5))
-    alone = {name: value[rest] for name, value in x.items()}
-    np.testing.assert_allclose(result[rest], advantages.reinforce_plus_plus(**alone), rtol=1e-5, atol=1e-6)
-    baseline = jnp.array([0.5, 0.5, jnp.nan, 0.5])
-    result = advantages.remax(x["rewards"], baseline, x["mask"])
+    np.testing.assert_allclose(result[rest], alone, rtol=1e-5, atol=1e-6)
+    result = against_baseline
     np.testing.assert_array_equal(result[1:3], np.zeros((2, 5)))
     np.testing.assert_allclose(result[0, 4], rewards[0, 4] - 0.5, rtol=1e-6)
 
 
 def test_an_answer_without_a_reward_takes_no_part():
-    mask = jnp.asarray(np.arange(5) < np.array([[[5], [3], [4]], [[2], [0], [5]]]))
-    rewards = jnp.array([[1.0, jnp.nan, 0.0], [2.0, 5.0, 1.0]])
-    result = advantages.reinforce_plus_plus_baseline(rewards, mask)
-    expected = references.reinforce_plus_plus_baseline({"rewards": np.array(rewards), "mask": np.array(mask)})
+    mask = np.arange(5) < np.array([[[5], [3], [4]], [[2], [0], [5]]])
+    rewards = np.float32([[1.0, np.nan, 0.0], [2.0, 5.0, 1.0]])
+    result = np.asarray(jax.jit(advantages.reinforce_plus_plus_baseline)(rewards, mask))
+    expected = references.reinforce_plus_plus_baseline({"rewards": rewards, "mask": mask})
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
     assert not np.any(result[0, 1])
-    chosen = np.asarray(result)[np.array(mask) & ~np.isnan(rewards)[:, :, None]]
+    chosen = result[mask & ~np.isnan(rewards)[:, :, None]]
     np.testing.assert_allclose([chosen.mean(), chosen.std(ddof=1)], [0.0, 1.0], atol=1e-5)
     with pytest.raises(ValueError, match="at least 2 samples"):
-        advantages.reinforce_plus_plus_baseline(rewards[:, :1], mask[:, :1])
+        advantages.reinforce_plus_plus_baseline(jnp.asarray(rewards[:, :1]), jnp.asarray(mask[:, :1]))
 
 
 def test_equal_rewards_teach_nothing():
-    rewards, mask = jnp.full((2, 3), 0.1), jnp.ones((2, 3, 4))
-    np.testing.assert_array_equal(advantages.reinforce_plus_plus_baseline(rewards, mask), np.zeros((2, 3, 4)))
+    rewards, mask = np.full((2, 3), 0.1, np.float32), np.ones((2, 3, 4), np.float32)
+    found = jax.jit(advantages.reinforce_plus_plus_baseline)(rewards, mask)
+    np.testing.assert_array_equal(found, np.zeros((2, 3, 4)))
 
 
 def test_they_are_constants():
-    x, b = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3)), jnp.float32), jnp.ones(2)
-    gradients = jax.grad(lambda x, b: jnp.sum(advantages.remax(x, b, jnp.ones((2, 3)))), (0, 1))(x, b)
-    assert not np.any(gradients[0]) and not np.any(gradients[1])
-    assert not np.any(jax.grad(lambda x: jnp.sum(advantages.reinforce_plus_plus(x, jnp.ones((2, 3))) ** 2))(x))
+    x, b = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), np.ones(2, np.float32)
+
+    @jax.jit
+    def gradients(x, b):
+        mask = jnp.ones((2, 3))
+        return (
+            *jax.grad(lambda x, b: jnp.sum(advantages.remax(x, b, mask)), (0, 1))(x, b),
+            jax.grad(lambda x: jnp.sum(advantages.reinforce_plus_plus(x, mask) ** 2))(x),
+        )
+
+    assert not any(np.any(np.asarray(gradient)) for gradient in gradients(x, b))

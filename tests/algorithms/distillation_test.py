@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import ROWS, VOCAB, Problem, assert_same, rows, three_updates, tiny
+from problems import ROWS, VOCAB, Problem, assert_same, rows, small, three_updates
 from references import distillation as references
 
 from alignax import losses, train
@@ -17,7 +17,7 @@ CONTEXT = np.array([3, 1, 4, 1], np.int32)
 
 @functools.cache
 def teacher():
-    return jax.tree.map(lambda x: 0.9 * x, tiny()[1])
+    return jax.tree.map(lambda x: 0.9 * np.asarray(x), small()[1])
 
 
 def after_context(batch):
@@ -34,27 +34,32 @@ PLAIN = distillation.Batch(**rows(ROWS))
 WITH_CONTEXT = after_context(PLAIN)
 
 
-def total(make_loss, batch, params, frozen, hyper):
-    """Value, gradients by the student's and the frozen parameters, metrics; compiled."""
-
+@functools.cache
+def compiled(loss, make_loss):
     @jax.jit
-    def run(params, frozen, hyper):
-        def loss(params, frozen):
-            terms, metrics = make_loss(tiny()[0])(params, jax.tree.map(jnp.asarray, batch), frozen, hyper)
+    def run(params, batch, frozen, hyper):
+        def of(params, frozen):
+            terms, metrics = make_loss(small()[0], loss=loss)(params, batch, frozen, hyper)
             ((name, term),) = terms.items()
             assert name == "distillation"
-            return term.mean.value(), metrics
+            return term.mean.value(), (term.mean.count, train.merge([metrics]))
 
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, frozen)
+        return jax.value_and_grad(of, argnums=(0, 1), has_aux=True)(params, frozen)
 
-    (value, metrics), gradients = run(params, frozen, hyper)
-    return value, gradients, train.merge([metrics])
+    return run
+
+
+def total(batch, params, frozen, hyper, loss=losses.distill_forward_kl, make_loss=distillation.make_loss):
+    """Value, gradients by the student's and the frozen parameters, metrics and the count; compiled once a loss."""
+    found = compiled(loss, make_loss)(params, batch, frozen, hyper)
+    (value, (count, metrics)), gradients = jax.tree.map(np.asarray, found)
+    return value, gradients, metrics | {"count": count}
 
 
 @functools.cache
 def logits(context):
     """Student's and teacher's logits of every token of PLAIN, taken from whole rows."""
-    model, params = tiny()
+    model, params = small()
 
     @jax.jit
     def of(params, tokens, segments):
@@ -78,9 +83,8 @@ def logits(context):
 )
 @pytest.mark.parametrize("context", [False, True])
 def test_the_loss_is_that_of_whole_distributions(loss, hyper, context):
-    make = functools.partial(distillation.make_loss, loss=loss)
     batch = WITH_CONTEXT if context else PLAIN
-    value, (slope, none), metrics = total(make, batch, tiny()[1], {"teacher": teacher()}, hyper)
+    value, (slope, none), metrics = total(batch, small()[1], {"teacher": teacher()}, hyper, loss)
     expected = getattr(references, loss.__name__)(logits(context), **hyper)[PLAIN.mask].mean()
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     assert max(np.abs(x).max() for x in jax.tree.leaves(slope)) > 1e-4
@@ -89,24 +93,22 @@ def test_the_loss_is_that_of_whole_distributions(loss, hyper, context):
 
 
 def test_one_model_that_reads_the_same_has_nothing_to_learn():
-    _, params = tiny()
-    value, (slope, _), _ = total(distillation.make_loss, PLAIN, params, {"teacher": params}, {})
+    _, params = small()
+    value, (slope, _), _ = total(PLAIN, params, {"teacher": params}, {})
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
     assert all(np.all(np.abs(x) < 1e-6) for x in jax.tree.leaves(slope))
-    value, _, _ = total(distillation.make_loss, WITH_CONTEXT, params, {"teacher": params}, {})
+    value, _, _ = total(WITH_CONTEXT, params, {"teacher": params}, {})
     assert value > 1e-3  # and of what the context changes, something
 
 
 def test_columns_in_blocks_are_columns():
     """Rows enough for the vocabulary to be met in several blocks, the last one not full."""
     twice = jax.tree.map(lambda x: np.concatenate([x, x, x]), WITH_CONTEXT)
-    model, params = tiny()
-    once, more = (
-        jax.jit(distillation.make_loss(model))(params, batch, {"teacher": teacher()}, {})[0]["distillation"].mean
-        for batch in (WITH_CONTEXT, twice)
+    (once, _, of_once), (more, _, of_more) = (
+        total(batch, small()[1], {"teacher": teacher()}, {}) for batch in (WITH_CONTEXT, twice)
     )
-    np.testing.assert_allclose(more.value(), once.value(), rtol=1e-5)
-    assert more.count == 3 * once.count == 3 * PLAIN.mask.sum()
+    np.testing.assert_allclose(more, once, rtol=1e-5)
+    assert of_more["count"] == 3 * of_once["count"] == 3 * PLAIN.mask.sum()
 
 
 def test_what_the_teacher_does_not_say_is_left_out_and_counted():
@@ -118,13 +120,13 @@ def test_what_the_teacher_does_not_say_is_left_out_and_counted():
     short[3, last] = False
     batch = batch._replace(teacher_mask=short)
     frozen = {"teacher": teacher()}
-    _, _, metrics = total(distillation.make_loss, batch, tiny()[1], frozen, {})
+    _, _, metrics = total(batch, small()[1], frozen, {})
     np.testing.assert_allclose(metrics["misaligned"], 2 / PLAIN.mask.sum(), rtol=1e-6)
     known = jax.tree.map(jnp.asarray, batch)
     count = PLAIN.mask[0].sum()
     expected = rf"row 0 has {count} tokens to learn, the teacher's {count}; expected the same tokens in the same order"
     with pytest.raises(ValueError, match=expected):
-        distillation.make_loss(tiny()[0])(tiny()[1], known, frozen, {})
+        distillation.make_loss(small()[0])(small()[1], known, frozen, {})
 
 
 def test_a_token_without_anything_before_it_is_not_learned():
@@ -132,25 +134,23 @@ def test_a_token_without_anything_before_it_is_not_learned():
     mask[0, 0] = True
     both = after_context(PLAIN._replace(mask=mask))
     frozen = {"teacher": teacher()}
-    value, _, metrics = total(distillation.make_loss, both, tiny()[1], frozen, {})
-    expected, _, _ = total(distillation.make_loss, WITH_CONTEXT, tiny()[1], frozen, {})
+    value, _, metrics = total(both, small()[1], frozen, {})
+    expected, _, _ = total(WITH_CONTEXT, small()[1], frozen, {})
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["misaligned"], 1 / mask.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [losses.distill_top_k, losses.distill_top_k_renormalised], ids=lambda f: f.__name__)
 def test_answers_stored_ahead_are_those_of_the_teacher(loss):
-    model, params = tiny()
-    stored = jax.jit(lambda batch: distillation.teacher_top_k(model, teacher(), batch, k=5))(WITH_CONTEXT)
+    model, params = small()
+    stored = jax.jit(functools.partial(distillation.teacher_top_k, model, k=5))(teacher(), WITH_CONTEXT)
     assert stored.top_ids.shape == (*PLAIN.tokens.shape, 5) and stored.teacher_tokens is None
-    make = functools.partial(distillation.make_top_k_loss, loss=loss)
-    value, (slope, _), _ = total(make, stored, params, None, {})
+    value, (slope, _), _ = total(stored, params, None, {}, loss, distillation.make_top_k_loss)
 
     def at_once(logits, teacher_logits, mask):
         return loss(logits, *jax.lax.top_k(jax.nn.log_softmax(teacher_logits), 5), mask)
 
-    make = functools.partial(distillation.make_loss, loss=at_once)
-    expected, (expected_slope, _), _ = total(make, WITH_CONTEXT, params, {"teacher": teacher()}, {})
+    expected, (expected_slope, _), _ = total(WITH_CONTEXT, params, {"teacher": teacher()}, {}, at_once)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), slope, expected_slope)
     dense = logits(True)
@@ -165,7 +165,7 @@ def test_microbatches_and_fillers():
     weights = np.ones(ROWS, np.float32)
     weights[2] = 0
     batch = WITH_CONTEXT._replace(weights=weights)
-    problem = Problem(distillation.make_loss, batch, {"teacher": teacher()}, {})
+    problem = Problem(distillation.make_loss, batch, {"teacher": teacher()}, {}, small)
     expected = three_updates(problem)
     tokens, taught = batch.tokens.copy(), batch.teacher_tokens.copy()
     tokens[2], taught[2] = 10_000, 9  # of a row that weighs nothing
@@ -174,7 +174,7 @@ def test_microbatches_and_fillers():
 
 
 def test_what_is_missing_is_named():
-    model, params = tiny()
+    model, params = small()
     loss_fn = distillation.make_loss(model)
     for frozen in (None, params["head"]):
         with pytest.raises(ValueError, match=rf"frozen is a {type(frozen).__name__}; expected .*'teacher': params"):
@@ -187,7 +187,7 @@ def test_what_is_missing_is_named():
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():
-    model, params = tiny()
+    model, params = small()
     other = model._replace(logits=lambda params, states: model.logits(params, states)[..., 1:])
     loss_fn = distillation.make_loss(model, teacher_model=other)
     with pytest.raises(ValueError, match=rf"expected one vocabulary, not {VOCAB} tokens and {VOCAB - 1}"):

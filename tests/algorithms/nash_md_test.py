@@ -64,6 +64,7 @@ def test_the_gradient_is_that_of_weighted_log_probabilities(problem, form):
     batch, loss = problem.batch, {"causal": losses.nash_md, "sequence": losses.nash_md_sequence}
     loss_fn = nash_md.make_loss(model, loss=loss.get(form, losses.nash_md_trl), kl_weight=0.3, temperature=0.8)
 
+    @jax.jit
     def logp(params):
         tokens, segments, mask = (jnp.asarray(x) for x in (batch.tokens, batch.segments, batch.mask))
         return token_logprobs(model, params, tokens, segments, mask=mask, temperature=0.8)
@@ -79,25 +80,28 @@ def test_the_gradient_is_that_of_weighted_log_probabilities(problem, form):
 
     def ours(params):
         terms, metrics = loss_fn(params, jax.tree.map(jnp.asarray, batch), problem.frozen, {})
-        return terms["policy"].mean.value(), metrics
+        return terms["policy"].mean.value(), {name: metric.value() for name, metric in metrics.items()}
 
-    (value, metrics), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    wanted, expected = jax.jit(jax.value_and_grad(reinforce))(params)
+    both = jax.jit(
+        lambda params: (jax.value_and_grad(ours, has_aux=True)(params), jax.value_and_grad(reinforce)(params))
+    )
+    ((value, metrics), gradient), (wanted, expected) = jax.tree.map(np.asarray, both(params))
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
-    largest = max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(expected))
+    largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=2e-6 * largest), gradient, expected)
-    score = -np.sum(rows_counted * np.sum((batch.preference[:, None] - 0.5) * logp(params), axis=1))
-    np.testing.assert_allclose(metrics["loss/score"].value(), score / rows_counted.sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["loss/kl"].value(), value - score / rows_counted.sum(), rtol=1e-4)
+    score = -np.sum(rows_counted * np.sum((batch.preference[:, None] - 0.5) * np.asarray(logp(params)), axis=1))
+    np.testing.assert_allclose(metrics["loss/score"], score / rows_counted.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/kl"], value - score / rows_counted.sum(), rtol=1e-4)
     mean = np.sum(rows_counted * batch.preference) / rows_counted.sum()
-    np.testing.assert_allclose(metrics["rewards/probabilities"].value(), mean, rtol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/probabilities"], mean, rtol=1e-6)
 
 
 def test_reference_log_probabilities_may_come_with_the_batch(problem, expected):
     model, params = start()
-    batch = jax.tree.map(jnp.asarray, problem.batch)
-    options = {"mask": batch.mask, "temperature": 0.8}
-    ref_logp = token_logprobs(model, problem.frozen["reference"], batch.tokens, batch.segments, **options)
+    batch = problem.batch
+    ref_logp = jax.jit(partial(token_logprobs, model))(
+        problem.frozen["reference"], batch.tokens, batch.segments, mask=batch.mask, temperature=0.8
+    )
     given = problem._replace(batch=batch._replace(ref_logp=ref_logp), frozen=None)
     assert_same(three_updates(given), expected)
     for frozen in (None, [params]):
@@ -107,8 +111,14 @@ def test_reference_log_probabilities_may_come_with_the_batch(problem, expected):
 
 def test_another_mean(problem):
     model, params = start()
-    arguments = (params, jax.tree.map(jnp.asarray, problem.batch), problem.frozen, {})
-    per_token = nash_md.make_loss(model, mean=reduce.token_mean)(*arguments)[0]["policy"].mean
-    per_row = nash_md.make_loss(model)(*arguments)[0]["policy"].mean
+
+    @jax.jit
+    def run(*arguments):
+        return [
+            nash_md.make_loss(model, **options)(*arguments, {})[0]["policy"].mean
+            for options in ({"mean": reduce.token_mean}, {})
+        ]
+
+    per_token, per_row = run(params, problem.batch, problem.frozen)
     np.testing.assert_allclose(per_token.total, per_row.total, rtol=1e-6)
     assert per_token.count > per_row.count

@@ -29,31 +29,38 @@ def row(name, hyper, frozen=False):
 
 def test_ppo_clip_by_hand():
     # A > 0 beyond the range: value of the border, no gradient; A < 0 beyond it: clipped only from below
-    ratio = jnp.array([[1.4, 0.7, 1.4, 0.7, 1.0]])
-    advantages = jnp.array([[1.0, 1.0, -1.0, -1.0, 2.0]])
-    old, mask = jnp.zeros((1, 5)), jnp.ones((1, 5))
+    ratio = np.float32([[1.4, 0.7, 1.4, 0.7, 1.0]])
+    advantages = np.float32([[1.0, 1.0, -1.0, -1.0, 2.0]])
+    zeros, ones = np.zeros((1, 5), np.float32), np.ones((1, 5), np.float32)
 
-    def loss(logp):
-        return losses.ppo_clip(logp, old, advantages, mask)
+    @jax.jit
+    def run(logp, *rest):
+        value, pull = jax.vjp(lambda logp: losses.ppo_clip(logp, *rest), logp)
+        return value, pull(jnp.ones_like(value))[0]
 
-    np.testing.assert_allclose(loss(jnp.log(ratio)), [[-1.2, -0.7, 1.4, 0.8, -2.0]], rtol=1e-6)
-    gradient = jax.grad(lambda x: jnp.sum(loss(x)))(jnp.log(ratio))
+    value, gradient = run(np.log(ratio), zeros, advantages, ones)
+    np.testing.assert_allclose(value, [[-1.2, -0.7, 1.4, 0.8, -2.0]], rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0.0, -0.7, 1.4, 0.0, -2.0]], rtol=1e-6)
+
+
+def gradient_by(name, argnums):
+    """Of the sum of a loss of (logp, old_logp, advantages, mask), compiled."""
+    return jax.jit(jax.grad(lambda *x: jnp.sum(getattr(losses, name)(*x)), argnums))
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_old_logp_and_advantages_are_constants(name):
-    x, mask = jnp.array([[-1.0, -2.0, -0.5]]), jnp.ones((1, 3))
-    gradients = jax.grad(lambda old, a: jnp.sum(getattr(losses, name)(x, old, a, mask)), (0, 1))(x - 0.1, x)
+    x = np.float32([[-1.0, -2.0, -0.5]])
+    gradients = gradient_by(name, (1, 2))(x, x - np.float32(0.1), x, np.ones_like(x))
     for gradient in gradients:
-        np.testing.assert_array_equal(gradient, jnp.zeros_like(x))
+        np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_on_policy_the_gradient_is_that_of_reinforce(name):
-    x = device(sample())
-    gradient = jax.grad(lambda logp: jnp.sum(getattr(losses, name)(logp, x["logp"], x["advantages"], x["mask"])))
-    np.testing.assert_allclose(gradient(x["logp"]), np.where(x["mask"], -x["advantages"], 0.0), rtol=1e-6)
+    x = sample()
+    gradient = gradient_by(name, 0)(x["logp"], x["logp"], x["advantages"], x["mask"])
+    np.testing.assert_allclose(gradient, np.where(x["mask"], -x["advantages"], 0.0), rtol=1e-6)
 
 
 def closed_forms(r, a):
@@ -77,17 +84,16 @@ def closed_forms(r, a):
 def test_gradients_are_the_closed_forms(name):
     r = np.array([[0.3, 0.3, 0.9, 0.9, 1.1, 1.1, 1.5, 1.5, 3.0, 3.0, 9.0, 9.0]])
     a = np.where(np.arange(12) % 2, -0.7, 0.4)[None]
-    old = jnp.full((1, 12), -3.0)
-    arguments = old, jnp.asarray(a), jnp.ones((1, 12))
-    gradient = jax.grad(lambda logp: jnp.sum(getattr(losses, name)(logp, *arguments)))(old + jnp.log(r))
+    old = np.full((1, 12), -3.0)
+    arguments = (x.astype(np.float32) for x in (old + np.log(r), old, a, np.ones((1, 12))))
+    gradient = gradient_by(name, 0)(*arguments)
     np.testing.assert_allclose(gradient, closed_forms(r, a)[name], rtol=1e-5, atol=3e-6)
 
 
 def test_ppo_penalty_holds_the_old_policy():
     # A = 0: nothing but the penalty, whose minimum is the old policy; with its weight 0 nothing at all
-    x, mask = jnp.array([[-1.0, -1.0, -1.0]]), jnp.ones((1, 3))
-    old = jnp.array([[-1.5, -1.0, -0.5]])
-    gradient = jax.grad(lambda x, w: jnp.sum(losses.ppo_penalty(x, old, 0 * x, mask, kl_weight=w)))
+    x, old = np.float32([[-1.0, -1.0, -1.0]]), jnp.array([[-1.5, -1.0, -0.5]])
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(losses.ppo_penalty(x, old, 0 * x, jnp.ones((1, 3)), kl_weight=w))))
     np.testing.assert_allclose(gradient(x, 2.0), 2 * np.expm1([[0.5, 0.0, -0.5]]), rtol=1e-6)
     np.testing.assert_array_equal(gradient(x, 0.0), np.zeros((1, 3)))
 
@@ -102,15 +108,21 @@ def test_a_dual_clip_is_a_cap_on_the_ratio():
 
 @pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_an_impossible_token_has_a_ratio_of_1_to_itself(name):
-    x, one = jnp.full((1, 2), -jnp.inf), jnp.ones((1, 2))
-    value, gradient = jax.value_and_grad(lambda x: jnp.sum(getattr(losses, name)(x, x, one, one)))(x)
+    x, one = np.full((1, 2), -np.inf, np.float32), np.ones((1, 2), np.float32)
+
+    @jax.jit
+    def run(x, one):
+        loss = jax.value_and_grad(lambda x: jnp.sum(getattr(losses, name)(x, x, one, one)))(x)
+        return loss, losses.importance_ratio(x, x, one)
+
+    (value, gradient), ratio = jax.tree.map(np.asarray, run(x, one))
     assert np.isfinite(value) and np.all(np.isfinite(gradient))
-    np.testing.assert_array_equal(losses.importance_ratio(x, x, one), one)
+    np.testing.assert_array_equal(ratio, one)
 
 
 def test_a2c_reaches_the_critic_by_its_error_alone():
-    logp, values, returns, entropy = (jnp.array([[x]]) for x in (-1.5, 0.25, 1.0, 0.9))
-    gradients = jax.grad(lambda *x: jnp.sum(losses.a2c(*x, jnp.ones((1, 1)))), (0, 1, 2, 3))(
+    logp, values, returns, entropy = (np.float32([[x]]) for x in (-1.5, 0.25, 1.0, 0.9))
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(losses.a2c(*x, jnp.ones((1, 1)))), (0, 1, 2, 3)))(
         logp, values, returns, entropy
     )
     np.testing.assert_allclose(np.ravel(gradients), [-0.75, 0.5 * -0.75, 0.0, -0.01], rtol=1e-6)
