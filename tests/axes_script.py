@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from parameters import drawn
 
 from alignax import logprobs, sampling, sharding, train
 from alignax.algorithms import sft
@@ -40,7 +41,7 @@ def kinds(text):
 def check_update(config, **axes):
     """Loss and gradient of a network on a mesh; gives the compiled program's text."""
     model, mesh = transformer(config), sharding.make_mesh(**axes)
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     expected = jax.jit(gradient(model))(params, TOKENS, SEGMENTS, MASK)
     where = sharding.shardings(params, mesh, RULES)
     args = jax.device_put(params, where), *sharding.shard_batch((TOKENS, SEGMENTS, MASK), mesh)
@@ -56,7 +57,7 @@ def check_update(config, **axes):
 def check_decoding():
     """Weights that lie over fsdp are gathered before the loop over tokens, and none in it."""
     model, mesh = transformer(DENSE), sharding.make_mesh(fsdp=4, tensor=2)
-    params, options = model.init(jax.random.key(0)), {"max_new_tokens": 6, "temperature": 0.0}
+    params, options = drawn(model), {"max_new_tokens": 6, "temperature": 0.0}
     asked = TOKENS[:, :5], np.full(8, 5, np.int32)
 
     def generate(params, *rows):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from parameters import drawn
 
 from alignax import layouts, models, reduce, train
 from alignax.algorithms import grpo, kto, ppo, preference, reward_model, sft
@@ -31,7 +32,7 @@ def tiny() -> tuple[Model, Params]:
         initializer_range=0.2,
     )
     model = models.transformer(config)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = drawn(model, scale=0.2)
     # The first norm divides by the size of an embedding, and its gradient with it: small ones would magnify rounding.
     params["embed"]["embedding"] *= 5
     return model, params

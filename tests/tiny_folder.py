@@ -1,6 +1,6 @@
 """A Hugging Face folder small enough for tests of whole scripts."""
 
-import jax
+from parameters import drawn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,4 +27,4 @@ def save_tiny_model(folder):
         )
     )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-    hf.save(folder, model, model.init(jax.random.key(0)), tokenizer=fast)
+    hf.save(folder, model, drawn(model, scale=0.02), tokenizer=fast)

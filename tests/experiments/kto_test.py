@@ -18,13 +18,13 @@ def write(path, rows):
 
 def answers(count):
     return [
-        {"prompt": f"q{i}: ", "completion": "no" if i % 2 else "yes " * (1 + i % 3), "label": i % 2 == 0}
+        {"prompt": f"q{i}: ", "completion": "no, no, no" if i % 2 else "yes " * (2 + i % 2), "label": i % 2 == 0}
         for i in range(count)
     ]
 
 
 def config_of(tiny_folder, tmp_path, rows, **options):
-    given = {"steps": 4, "batch_size": 6, "microbatches": 2, "limit": 80, "evaluate_every": 2, "warmup": 1}
+    given = {"steps": 4, "batch_size": 6, "microbatches": 2, "limit": 20, "evaluate_every": 2, "warmup": 1}
     given |= {"learning_rate": 1e-2, "held_out": 0.2} | options
     return kto.Config(
         model=str(tiny_folder), data=write(tmp_path / "data.jsonl", rows), output=tmp_path / "out", **given
@@ -40,7 +40,7 @@ def lines_of(config):
 
 def test_kto(tiny_folder, tmp_path, capsys):
     """Ten pairs are ten good and ten bad answers, of which pairs are held out whole."""
-    pairs = [{"prompt": f"q{i}: ", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in range(10)]
+    pairs = [{"prompt": f"q{i}: ", "chosen": "yes " * (2 + i % 2), "rejected": f"no, no {i}"} for i in range(10)]
     config = config_of(tiny_folder, tmp_path, pairs, undesirable_weight=0.8)
     result = kto.main(config)
     lines = lines_of(config)

@@ -42,7 +42,7 @@ def test_too_narrow(sides, message):
         packed.check(SimpleNamespace(pack=8 * sides - 1, limit=8), sides=sides)
 
 
-OPTIONS = {"steps": 2, "batch_size": 6, "limit": 80, "evaluate_every": 2, "warmup": 1, "learning_rate": 1e-2}
+OPTIONS = {"steps": 2, "batch_size": 6, "limit": 20, "evaluate_every": 2, "warmup": 1, "learning_rate": 1e-2}
 
 
 def run(script, tiny_folder, tmp_path, rows, name, **options):
@@ -54,7 +54,7 @@ def run(script, tiny_folder, tmp_path, rows, name, **options):
 
 
 def test_kto_runs_packed(tiny_folder, tmp_path, capsys):
-    answers = [{"prompt": f"q{i}: ", "completion": "yes " * (1 + i % 3), "label": i % 2 == 0} for i in range(24)]
+    answers = [{"prompt": f"q{i}: ", "completion": "yes " * (2 + i % 2), "label": i % 2 == 0} for i in range(24)]
     lines = run(kto, tiny_folder, tmp_path, answers, "out", pack=120, microbatches=2, desirable_weight=1.2)
     assert all(np.isfinite(value) for line in lines for value in line.values()) and lines[1]["kl"] >= 0
     assert lines[2]["held_out/loss"] != lines[0]["held_out/loss"]

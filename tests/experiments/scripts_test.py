@@ -35,7 +35,7 @@ def texts(count):
 
 
 def pairs(count):
-    return [{"prompt": f"q{i}: ", "chosen": "yes " * (1 + i % 3), "rejected": f"no {i}"} for i in range(count)]
+    return [{"prompt": f"q{i}: ", "chosen": "yes " * (2 + i % 2), "rejected": f"no {i}"} for i in range(count)]
 
 
 def prompts(count):
@@ -65,7 +65,7 @@ def test_sft(tiny_folder, tmp_path, capsys):
         steps=4,
         batch_size=4,
         microbatches=2,
-        limit=40,
+        limit=30,  # of rows of 17 to 27: one width to compile
         evaluate_every=2,
         learning_rate=1e-2,
         warmup=1,
@@ -99,7 +99,7 @@ def test_preference(tiny_folder, tmp_path, capsys, loss):
         **OBJECTIVES[loss],
         steps=4,
         batch_size=4,
-        limit=40,
+        limit=20,
         evaluate_every=2,
         learning_rate=1e-2,
         warmup=1,
@@ -176,7 +176,7 @@ def reward_folder(tiny_folder, tmp_path_factory):
         output=folder / "out",
         steps=4,
         batch_size=4,
-        limit=40,
+        limit=20,
         evaluate_every=2,
         learning_rate=1e-2,
         warmup=1,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import drawn
 from references import toys
 
 from alignax.models.config import TransformerConfig
@@ -54,7 +55,7 @@ def llama():
         initializer_range=0.5,
     )
     model = transformer(config)
-    params = model.init(jax.random.key(5))
+    params = drawn(model, scale=0.5)
     forward = jax.jit(lambda *row: model.logits(params, model.hidden(params, *row).states)[0])
 
     @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import drawn
 from references import toys
 
 from alignax import sampling
@@ -30,7 +31,7 @@ def llama():
         initializer_range=0.4,
     )
     model = transformer(config)
-    return model, model.init(jax.random.key(1))
+    return model, drawn(model, scale=0.4)
 
 
 @functools.cache

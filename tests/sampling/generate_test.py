@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import drawn
 from references import toys
 from references.processed import processed
 
@@ -44,7 +45,7 @@ def llama():
         initializer_range=0.4,
     )
     model = transformer(config)
-    params = model.init(jax.random.key(1))
+    params = drawn(model, scale=0.4)
     forward = jax.jit(lambda *row: model.logits(params, model.hidden(params, *row).states))
     return model, params, lambda tokens, segments: np.asarray(forward(*arrays(tokens, segments)))
 
@@ -394,7 +395,7 @@ def trainers(model, params, samples):
 def variant(**switches):
     """The tiny decoder with other switches."""
     model = transformer(dataclasses.replace(llama()[0].config, initializer_range=0.1, **switches))
-    return model, model.init(jax.random.key(2))
+    return model, drawn(model, scale=0.1)
 
 
 def test_the_last_of_the_learned_positions_is_used(key):

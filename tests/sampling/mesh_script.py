@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
+from parameters import drawn
 
 from alignax import models, sharding
 from alignax.sampling import Samples, collect, generate, make_engine, serve
@@ -61,7 +62,7 @@ def main():
     jax.config.update("jax_numpy_rank_promotion", "raise")
     mesh = sharding.make_mesh(data=4, tensor=2)
     model, rng = models.transformer(CONFIG), np.random.default_rng(0)
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     prompts = jnp.asarray(rng.integers(0, 512, (ROWS, 6)), jnp.int32)
     lengths = jnp.asarray([6, 1, 3, 4, 5, 2, 6, 3], jnp.int32)
     placed = jax.device_put(params, sharding.shardings(params, mesh, models.RULES))

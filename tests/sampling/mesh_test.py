@@ -9,8 +9,8 @@ import sys
 
 def report():
     script = pathlib.Path(__file__).with_name("mesh_script.py")
-    # as users compile: which collectives are left is a matter of optimisation
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"}
+    flags |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(script.parents[1])}
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, **flags})
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import drawn
 from references import toys
 
 from alignax.models import decoding
@@ -44,7 +45,7 @@ def tables(seed=5, size=5):
 
 @functools.cache
 def parameters(model, seed):
-    return jax.jit(model.init)(jax.random.key(seed))
+    return drawn(model, seed=seed, scale=0.4)
 
 
 @functools.cache

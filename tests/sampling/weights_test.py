@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import drawn
 
 from alignax.models import TransformerConfig, transformer
 from alignax.sampling import generate, parity_report, rollout_params
@@ -38,7 +39,7 @@ def compiled(config):
 
 @functools.cache
 def masters():
-    return compiled(CONFIG)[0].init(jax.random.key(1))
+    return drawn(compiled(CONFIG)[0], scale=0.4)
 
 
 def bits(tree):
