@@ -18,8 +18,8 @@ def start(config=CONFIG):
     """The tiny model and adapters away from their start, so that every leaf has a gradient."""
     model, base = tiny()
     rng = np.random.default_rng(7)
-    adapters = lora.init(jax.random.key(2), base, config)
-    return model, jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), adapters)
+    adapters = jax.jit(lora.init, static_argnums=2)(jax.random.key(2), base, config)
+    return model, jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.1, x.shape).astype(x.dtype)), adapters)
 
 
 def lora_problem(config=CONFIG):
