@@ -88,7 +88,8 @@ MODELS = {
 def adapted(request, key):
     """A model and parameters with the same paths in each; the bias moved away from zero."""
     model = MODELS[request.param]()
-    params = jax.tree.map(lambda leaf: leaf + jnp.linspace(-1, 1, leaf.size).reshape(leaf.shape), model.init(key))
+    move = lambda leaf: np.asarray(leaf) + np.linspace(-1, 1, leaf.size, dtype=np.float32).reshape(leaf.shape)  # noqa: E731
+    params = jax.tree.map(lambda leaf: jnp.asarray(move(leaf)), model.init(key))
     assert {k: set(v) for k, v in params.items()} == {"embed": {"embedding"}, "out": {"kernel", "bias"}}
     return model, params
 
@@ -104,10 +105,15 @@ def flat(params):
 
 def test_logits(adapted):
     model, params = adapted
-    hidden = model.hidden(params, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS))
-    logits = model.logits(params, hidden.states)
+
+    @jax.jit
+    def forward(params, tokens, segments):
+        hidden = model.hidden(params, tokens, segments)
+        return hidden, model.logits(params, hidden.states)
+
+    hidden, logits = forward(params, TOKENS, SEGMENTS)
     assert logits.dtype == jnp.float32 and hidden.cache is None and hidden.aux == {}
-    for row, segments, found in zip(TOKENS, SEGMENTS, logits):
+    for row, segments, found in zip(TOKENS, SEGMENTS, np.asarray(logits)):
         real = segments.sum()
         np.testing.assert_allclose(found[:real], expected_logits(params, row[:real]), atol=1e-6)
 
@@ -121,6 +127,7 @@ def test_gradients(adapted):
         return jnp.sum(model.logits(params, hidden.states))
 
     table, kernel, shift = flat(jax.jit(jax.grad(total))(params))
+    params = jax.device_get(params)
     weights = np.zeros((5, V))
     for i, j in zip(*np.tril_indices(5)):
         weights[i, TOKENS[0, j]] += 1 / (i + 1)
@@ -133,34 +140,42 @@ def test_gradients(adapted):
 def test_decoding_runs_the_prefix_again(adapted):
     """A ragged prefill, then tokens one by one, the second row ahead of its padding."""
     model, params = adapted
-    prompts = jnp.array([[3, 1, 4], [2, 6, 9]])
-    cache = model.init_cache(2, 6) + 5
-    hidden = model.hidden(params, prompts, jnp.array([[1, 1, 1], [1, 1, 0]]), cache=cache)
-    logits = model.logits(params, hidden.states)
+    prompts = np.array([[3, 1, 4], [2, 6, 9]]), np.array([[1, 1, 1], [1, 1, 0]])
+    later = np.array([[[1], [0]], [[5], [4]]]), np.array([[[3], [2]], [[4], [3]]])  # tokens and their positions
+
+    @jax.jit
+    def decode(params, prompts, later):
+        hidden = model.hidden(params, *prompts, cache=model.init_cache(2, 6) + 5)
+        logits = model.logits(params, hidden.states)
+        for fed, positions in zip(*later):
+            hidden = model.hidden(params, fed, jnp.ones_like(fed), positions=positions, cache=hidden.cache)
+        return logits, model.logits(params, hidden.states)[:, 0]
+
+    logits, found = map(np.asarray, decode(params, prompts, later))
     np.testing.assert_allclose(logits[0], expected_logits(params, [3, 1, 4]), atol=1e-6)
     np.testing.assert_allclose(logits[1, :2], expected_logits(params, [2, 6]), atol=1e-6)
-    for fed, positions in (([1, 0], [3, 2]), ([5, 4], [4, 3])):
-        fed, positions = jnp.array(fed)[:, None], jnp.array(positions)[:, None]
-        hidden = model.hidden(params, fed, jnp.ones_like(fed), positions=positions, cache=hidden.cache)
-    found = model.logits(params, hidden.states)[:, 0]
     np.testing.assert_allclose(found[0], expected_logits(params, [3, 1, 4, 1, 5])[-1], atol=1e-6)
     np.testing.assert_allclose(found[1], expected_logits(params, [2, 6, 0, 4])[-1], atol=1e-6)
 
 
 def test_any_function_can_be_sampled_from(key):
     model = from_apply(function, init=init)
-    params = model.init(key)
-    prompts, lengths = jnp.array([[3, 1, 4], [2, 6, 0]]), jnp.array([3, 2])
-    samples = sampling.generate(model, params, prompts, lengths, key, max_new_tokens=4)
-    logp = logprobs.token_logprobs(model, params, samples.tokens, samples.segments, mask=samples.mask)
+
+    @jax.jit
+    def run(key, prompts, lengths):
+        params = model.init(key)
+        samples = sampling.generate(model, params, prompts, lengths, key, max_new_tokens=4)
+        return samples, logprobs.token_logprobs(model, params, samples.tokens, samples.segments, mask=samples.mask)
+
+    samples, logp = run(key, np.array([[3, 1, 4], [2, 6, 0]]), np.array([3, 2]))
     assert np.sum(samples.mask) == 8
     np.testing.assert_allclose(samples.logp, logp, atol=1e-6)
 
 
 def test_a_key_is_the_linen_modules_dropout_key(key):
     model = from_linen(Linen(dropout=0.5))
-    params, tokens = model.init(key), jnp.asarray(TOKENS)
-    run = lambda key: model.hidden(params, tokens, jnp.asarray(SEGMENTS), key=key).states  # noqa: E731
+    params, rows = jax.jit(model.init)(key), (TOKENS, SEGMENTS)
+    run = jax.jit(lambda key: model.hidden(params, *map(jnp.asarray, rows), key=key).states)
     assert np.array_equal(run(None), run(None)) and np.array_equal(run(key), run(key))
     assert not np.array_equal(run(key), run(None)) and not np.array_equal(run(key), run(jax.random.key(9)))
 

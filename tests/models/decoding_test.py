@@ -80,6 +80,9 @@ def forked(model, params, slots=NEW):
     return model.fork(cache, jnp.asarray(LENGTHS, jnp.int32) - 1, GROUP, slots)
 
 
+fork = jax.jit(forked, static_argnums=0)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode(model, params, cache, width):
     """NEW logits of each row, from its prompt's last token on, `width` tokens at a time."""
@@ -108,8 +111,8 @@ def close(found, wanted):
 def test_forked_rows_equal_the_forward_pass(name):
     model, params = built(name)
     wanted = expected(forward(model, params))
-    cache = jax.jit(forked, static_argnums=0)(model, params)
-    unrolled = model.unroll(params)
+    cache = fork(model, params)
+    unrolled = jax.jit(model.unroll)(params)
     one = decode(model, unrolled, cache, 1)
     close(one, wanted)
     close(decode(model, unrolled, cache, 3), wanted)
@@ -121,7 +124,7 @@ def test_forked_rows_equal_the_forward_pass(name):
 def test_slots_may_be_written_anew():
     """Three tokens, of which the last two are taken back and others put there."""
     model, params = built("gemma")
-    start = jnp.asarray(ENDS, jnp.int32)[:, None] - NEW - 1
+    start = (ENDS[:, None] - NEW - 1).astype(np.int32)
 
     @jax.jit
     def both(params):
@@ -142,15 +145,15 @@ def test_models_of_models_fork_too():
     wanted = expected(forward(base, params))
     scored = models.with_score(base)
     both = models.add_score(base, params, jax.random.key(1), keep_head=True)
-    cache = jax.jit(forked, static_argnums=0)(scored, both)
-    close(decode(scored, scored.unroll(both), cache, 3), wanted)
+    cache = fork(scored, both)
+    close(decode(scored, jax.jit(scored.unroll)(both), cache, 3), wanted)
     with pytest.raises(ValueError, match="expected 'backbone' and 'score'"):
         scored.unroll(params)
     mixed = models.mixture(base)
-    other = jax.tree.map(lambda leaf: leaf[..., ::-1], params)
-    parts = {"policy": params, "reference": other, "weight": jnp.asarray(0.25)}
-    cache = jax.jit(forked, static_argnums=0)(mixed, parts)
-    found = decode(mixed, mixed.unroll(parts), cache, 1)
+    other = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[..., ::-1]), params)
+    parts = {"policy": params, "reference": other, "weight": np.float32(0.25)}
+    cache = fork(mixed, parts)
+    found = decode(mixed, jax.jit(mixed.unroll)(parts), cache, 1)
     close(found, 0.75 * wanted + 0.25 * expected(forward(base, other)))
 
 
@@ -177,8 +180,8 @@ def test_a_prompt_is_stored_once(group, dtype):
 
 def test_refuses_rows_that_are_not_the_caches():
     model, params = built("llama")
-    cache, tokens = forked(model, params), jnp.zeros((3, 1), jnp.int32)
+    cache, tokens = fork(model, params), jnp.asarray(np.zeros((3, 1), np.int32))
     with pytest.raises(ValueError, match=r"a forked cache of 9 rows got tokens of \(3, 1\), positions \(3, 1\)"):
-        model.hidden(params, tokens, tokens + 1, positions=tokens + 4, cache=cache)
+        model.hidden(params, tokens, tokens, positions=tokens, cache=cache)
     with pytest.raises(ValueError, match=r"a forked cache of 9 rows got tokens of \(9, 1\), positions None"):
-        model.hidden(params, jnp.zeros((9, 1), jnp.int32), jnp.ones((9, 1), jnp.int32), cache=cache)
+        model.hidden(params, *(jnp.asarray(np.ones((9, 1), np.int32)),) * 2, cache=cache)

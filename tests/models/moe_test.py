@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 
 from alignax.models import TransformerConfig, moe, transformer
 
@@ -60,7 +61,7 @@ def test_mixture_equals_the_loop_over_tokens_and_experts(rows, experts, chosen, 
 def test_gradient_is_that_of_the_sum_over_all_experts():
     config = config_of(4, 2)
     params, rng = random_params(config), np.random.default_rng(2)
-    x, pull = (jnp.asarray(rng.normal(size=(1, 30, 8)).astype(np.float32)) for _ in range(2))
+    x, pull = (rng.normal(size=(1, 30, 8)).astype(np.float32) for _ in range(2))
 
     def dense(params, x):
         probs = jax.nn.softmax(x[0] @ params["router"]["kernel"])
@@ -79,12 +80,15 @@ def test_gradient_is_that_of_the_sum_over_all_experts():
         np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=str(path))
 
 
+in_blocks = jax.jit(moe.in_blocks, static_argnums=1)
+
+
 @pytest.mark.parametrize("crowd", [0.0, 0.9, 1.0])
 def test_blocks_hold_every_assignment_once_and_one_expert_each(crowd):
     rng, experts = np.random.default_rng(3), 7
     chosen = np.stack([rng.permutation(experts)[:2] for _ in range(101)])
     chosen = np.where(rng.random((101, 1)) < crowd, [[4, 2]], chosen)
-    blocks = moe.in_blocks(jnp.asarray(chosen), experts)
+    blocks = in_blocks(chosen, experts)
     slots, tokens, of_block, used = (np.asarray(part) for part in blocks)
     size = len(tokens) // len(of_block)
     assert len(np.unique(slots)) == slots.size == 202 and slots.max() < used * size
@@ -99,34 +103,41 @@ def test_work_grows_with_the_choices_and_not_with_the_experts():
     for tokens, experts, per_token in ((16, 8, 2), (2048, 8, 2), (2048, 128, 8)):
         rng = np.random.default_rng(4)
         chosen = np.stack([rng.permutation(experts)[:per_token] for _ in range(tokens)])
-        blocks = moe.in_blocks(jnp.asarray(chosen), experts)
+        blocks = in_blocks(chosen, experts)
         rows = int(blocks.used) * len(blocks.tokens) // len(blocks.experts)
         assert rows < 1.6 * chosen.size + 4 * experts, (tokens, experts, rows)
 
 
 def test_blocks_that_are_not_in_use_are_not_multiplied():
-    x, kernels = jnp.ones((5, 4, 3)), jnp.full((2, 3, 2), 2.0).at[1].set(jnp.nan)
-    experts = jnp.asarray([0, 0, 1, 1, 1])
-    out, pull = jax.vjp(lambda x, kernels: moe.grouped_matmul(x, kernels, experts, jnp.asarray(2)), x, kernels)
+    x, kernels = np.ones((5, 4, 3), np.float32), np.full((2, 3, 2), 2.0, np.float32)
+    kernels[1] = np.nan
+
+    @jax.jit
+    def both(x, kernels, experts, used, cotangent):
+        out, pull = jax.vjp(lambda x, kernels: moe.grouped_matmul(x, kernels, experts, used), x, kernels)
+        return out, *pull(cotangent)
+
+    out, x_grad, kernels_grad = map(
+        np.asarray, both(x, kernels, np.array([0, 0, 1, 1, 1]), 2, np.ones((5, 4, 2), np.float32))
+    )
     np.testing.assert_array_equal(out[:2], 6.0)
     np.testing.assert_array_equal(out[2:], 0.0)
-    x_grad, kernels_grad = pull(jnp.ones_like(out))
     np.testing.assert_array_equal(x_grad, [[[4.0] * 3] * 4] * 2 + [[[0.0] * 3] * 4] * 3)
     np.testing.assert_array_equal(kernels_grad, [[[8.0] * 2] * 3, [[0.0] * 2] * 3])
 
 
 def test_padding_changes_neither_real_tokens_nor_the_sums():
     model = transformer(config_of(5, 2, initializer_range=0.3))
-    params = jax.jit(model.init)(jax.random.key(0))
-    hidden = jax.jit(model.hidden)
-    tokens = jnp.asarray(np.random.default_rng(5).integers(0, 32, (2, 9)))
-    segments = jnp.asarray(np.arange(9) < np.array([[4], [9]]), jnp.int32)
-    first = hidden(params, tokens, segments)
-    other = hidden(params, jnp.where(segments, tokens, 7), segments)
-    real = np.asarray(segments) != 0
+    params, hidden = drawn(model, 0.3), jax.jit(model.hidden)
+    tokens = np.random.default_rng(5).integers(0, 32, (2, 9))
+    segments = (np.arange(9) < np.array([[4], [9]])).astype(np.int32)
+    first = jax.device_get(hidden(params, tokens, segments))
+    other = jax.device_get(hidden(params, np.where(segments, tokens, 7), segments))
+    real = segments != 0
     np.testing.assert_allclose(np.asarray(first.states)[real], np.asarray(other.states)[real], rtol=0, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, first.aux, other.aux)
-    short, long = (hidden(params, tokens[row], segments[row]).aux for row in (np.array([0, 0]), np.array([1, 1])))
+    alone = (hidden(params, tokens[[row, row]], segments[[row, row]]).aux for row in (0, 1))
+    short, long = map(jax.device_get, alone)
     for name in first.aux:
         np.testing.assert_allclose(first.aux[name], (short[name] + long[name]) / 2, rtol=1e-5, err_msg=name)
     assert first.aux["router_rows"] == 2 * 13
