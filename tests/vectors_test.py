@@ -5,6 +5,7 @@ A module of `tests/vectors` holds the functions of one family, in its tables ONL
 function -> `(inputs, hyperparameters, expected)`, a generator of (ours, theirs).
 """
 
+import functools
 import importlib
 import json
 import math
@@ -44,6 +45,10 @@ LATER = {
 }
 
 
+PART = 16  # functions in one program
+
+
+@functools.cache
 def load(shared, file):
     """Function -> its vectors; "nan" and "inf" are floats."""
     text = (shared / "spec" / f"vectors_{file}.json").read_text()
@@ -54,22 +59,42 @@ def load(shared, file):
     return by_function
 
 
-@pytest.mark.parametrize("file, name", [(file, name) for file, table in TABLES.items() for name in table])
-def test_vectors(shared, file, name):
-    found = load(shared, file)[name]
-    theirs = []
+@functools.cache
+def computed(shared, file, part):
+    """Function -> (ours, [(vector, theirs)]) of so many functions: a small program takes longer to compile than to run.
 
-    @jax.jit  # one program for all of them: a small one takes longer to compile than to run
-    def compute():
-        ours = []
-        for vector in found:
+    A function that fails has its exception in their place.
+    """
+    found = load(shared, file)
+    theirs, failed = {name: [] for name in list(TABLES[file])[part * PART : (part + 1) * PART]}, {}
+
+    def of(name):
+        for vector in found[name]:
             for mine, other in TABLES[file][name](vector["inputs"], vector["hyperparameters"], vector["expected"]):
-                theirs.append((vector["id"], other))
-                ours.append(mine)
+                theirs[name].append((vector["id"], other))
+                yield mine
+
+    @jax.jit
+    def compute():
+        ours = {}
+        for name in theirs:
+            try:
+                ours[name] = list(of(name))
+            except Exception as error:
+                failed[name] = error
         return ours
 
-    ours = compute()
-    assert {vector for vector, _ in theirs} == {vector["id"] for vector in found} != set()
+    ours = jax.tree.map(np.asarray, compute())
+    return failed | {name: (mine, theirs[name]) for name, mine in ours.items()}
+
+
+@pytest.mark.parametrize("file, name", [(file, name) for file, table in TABLES.items() for name in table])
+def test_vectors(shared, file, name):
+    result = computed(shared, file, list(TABLES[file]).index(name) // PART)[name]
+    if isinstance(result, Exception):
+        raise result
+    ours, theirs = result
+    assert {vector for vector, _ in theirs} == {vector["id"] for vector in load(shared, file)[name]} != set()
     for mine, (vector, other) in zip(ours, theirs, strict=True):
         assert np.shape(mine) == np.shape(other), vector
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=2e-6, err_msg=vector)

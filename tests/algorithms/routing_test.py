@@ -3,11 +3,10 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import rows, tiny
+from problems import rows, small
 
 from alignax import models, train
 from alignax.algorithms import expert_load, sft
@@ -37,23 +36,32 @@ def mixture():
 def batch():
     weights = np.ones(8, np.float32)
     weights[3] = 0
-    return jax.tree.map(jnp.asarray, sft.Batch(**rows(8), weights=weights))
+    return sft.Batch(**rows(8), weights=weights)
 
 
-def updated(microbatches, statistics, steps=1, learning_rate=0.1):
-    model, params = mixture()
-    optimizer = optax.sgd(learning_rate)
+@functools.cache
+def compiled(microbatches):
+    """The optimizer, whose state holds the learning rate, and the update; the load is that of the whole batch."""
+    model, _ = mixture()
+    optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
+    statistics = expert_load(model) if microbatches > 1 else None
     loss = sft.make_loss(model, **WEIGHTS)
-    update = jax.jit(train.make_update(loss, optimizer, microbatches=microbatches, statistics=statistics))
+    return optimizer, jax.jit(train.make_update(loss, optimizer, microbatches=microbatches, statistics=statistics))
+
+
+def updated(microbatches, steps=1, learning_rate=0.1):
+    _, params = mixture()
+    optimizer, update = compiled(microbatches)
     state, found = train.TrainState.create(params, optimizer), []
+    state.opt_state.hyperparams["learning_rate"] = np.float32(learning_rate)
     for _ in range(steps):
         state, metrics = update(state, batch())
         found.append(metrics)
-    return state.params, found
+    return jax.tree.map(np.asarray, (state.params, found))
 
 
 def test_micro_batches_with_the_load_of_the_whole_batch_are_one_batch():
-    (whole, metrics), (split, others) = updated(1, None), updated(4, expert_load(mixture()[0]))
+    (whole, metrics), (split, others) = updated(1), updated(4)
     assert metrics[0].keys() == others[0].keys() >= {"loss/load_balancing", "loss/router_z", "loss/nll"}
     for name, value in metrics[0].items():
         np.testing.assert_allclose(others[0][name], value, rtol=2e-5, err_msg=name)
@@ -62,26 +70,27 @@ def test_micro_batches_with_the_load_of_the_whole_batch_are_one_batch():
 
 def test_training_lowers_the_losses_and_moves_the_router():
     _, params = mixture()
-    trained, metrics = updated(1, None, steps=12, learning_rate=0.3)
+    trained, metrics = updated(1, steps=12, learning_rate=0.3)
     for name in ("loss/nll", "loss/load_balancing"):
         assert metrics[-1][name] < metrics[0][name], name
     assert all(np.isfinite(value) for found in metrics for value in found.values())
-    moved = np.abs(trained["layers"]["mlp"]["router"]["kernel"] - params["layers"]["mlp"]["router"]["kernel"])
+    before, after = (np.asarray(x["layers"]["mlp"]["router"]["kernel"]) for x in (params, trained))
+    moved = np.abs(after - before)
     assert (moved.max((1, 2)) > 1e-3).all()
 
 
 def test_weights_are_hyperparameters_and_terms_are_left_out_without_them():
     model, params = mixture()
-    terms, _ = jax.eval_shape(lambda: sft.make_loss(model)(params, batch(), None, {}))
+    terms, _ = jax.eval_shape(lambda batch: sft.make_loss(model)(params, batch, None, {}), batch())
     assert set(terms) == {"nll"}
     hyper = {"aux_weight": 7.0, "z_weight": 3.0}
-    terms, _ = jax.jit(lambda: sft.make_loss(model, aux_weight=0.1)(params, batch(), None, hyper))()
+    terms, _ = jax.jit(lambda batch: sft.make_loss(model, aux_weight=0.1)(params, batch, None, hyper))(batch())
     assert (terms["load_balancing"].weight, terms["router_z"].weight) == (7.0, 3.0)
     counted = batch().segments[batch().weights != 0].sum()
     assert terms["load_balancing"].mean.count == terms["router_z"].mean.count == 2 * counted
 
 
 def test_a_model_without_a_router_is_refused():
-    model, params = tiny()
+    model, params = small()
     with pytest.raises(ValueError, match="the model has no router"):
-        jax.eval_shape(lambda: sft.make_loss(model, aux_weight=0.1)(params, batch(), None, {}))
+        jax.eval_shape(lambda batch: sft.make_loss(model, aux_weight=0.1)(params, batch, None, {}), batch())
