@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import problems, scored, tiny
+from problems import problems, scored, small, tiny
 from references import policy_gradient
 from references import value as critic
 
@@ -208,26 +208,26 @@ def test_the_first_minibatch_has_ratio_1_and_the_values_of_the_rollout():
     drawn = generate(params, prompts, lengths, jax.random.key(0), temperature=0.7)
 
     @jax.jit
-    def collect(params, critic_params):
+    def collect(params, critic_params, drawn):
         where = {"tokens": drawn.tokens, "segments": drawn.segments, "mask": drawn.mask}
         logp = token_logprobs(policy, params, **where, temperature=0.7)
         values = token_values(critic, critic_params, **where)
         scores = jax.random.normal(jax.random.key(1), lengths.shape).repeat(2)
-        return ppo.experience(drawn, scores, logp=logp, ref_logp=logp - 0.1, values=values)[0]
+        batch = ppo.experience(drawn, scores, logp=logp, ref_logp=logp - 0.1, values=values)[0]
+        said = batch._replace(old_logp=drawn.logp)  # by the sampler
+        return batch, *(next(train.minibatches(jax.random.key(2), x, 2)) for x in (batch, said))
 
-    batch = collect(params, critic_params)
-    assert int(batch.mask.sum()) > 100
+    batch, part, sampler = jax.tree.map(np.asarray, collect(params, critic_params, drawn))
+    assert batch.mask.sum() > 100
     np.testing.assert_allclose(batch.old_logp, drawn.logp, rtol=0, atol=1e-5)
-    part = next(train.minibatches(jax.random.key(2), batch, 2))
 
     @jax.jit
     def measure(params, critic_params, part):
         of_policy = train.make_measure(ppo.make_loss(policy))(params, part, None, {"temperature": 0.7})
-        return of_policy | train.make_measure(ppo.make_value_loss(critic))(critic_params, part)
+        return train.merge([of_policy | train.make_measure(ppo.make_value_loss(critic))(critic_params, part)])
 
-    sampler = next(train.minibatches(jax.random.key(2), batch._replace(old_logp=drawn.logp), 2))
     for minibatch in (part, sampler):
-        metrics = train.merge([measure(params, critic_params, minibatch)])
+        metrics = measure(params, critic_params, minibatch)
         np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=0, atol=1e-6)
         np.testing.assert_allclose(metrics["ratio/max"], 1.0, rtol=0, atol=1e-5)
         assert metrics["clip_fraction"] == 0 and metrics["approx_kl"] < 1e-9
@@ -244,20 +244,21 @@ USED = ("mask", "weights", "old_logp", "advantages", "old_values", "returns", "l
 
 def test_every_loss_function_gives_the_terms_of_the_formula():
     """Off the rollout's policy and critic; a policy that is its own critic gives the terms of both."""
-    model, params = scored(shared=True)
-    policy, _ = tiny()
-    batch = jax.tree.map(jnp.asarray, problems()["ppo_shared"].batch)
+    model, params = scored(small, shared=True)
+    policy, _ = small()
+    batch = problems(small)["ppo_shared"].batch
     hyper: dict[str, Scalar] = {"clip_low": 0.1, "entropy_weight": 0.05, "temperature": 0.8}
 
     @jax.jit
-    def terms(params):
+    def terms(params, batch):
         shared, _ = ppo.make_shared_loss(model)(params, batch, None, hyper | {"value_weight": 0.3, "value_clip": 0.5})
         apart = ppo.make_loss(policy)(params["backbone"], batch, None, hyper)[0]
         apart |= ppo.make_value_loss(model)(params, batch, None, {"clip": 0.5})[0]
         where = (model, params, batch.tokens, batch.segments)
+        shared, apart = ({n: (t.weight, t.mean.value()) for n, t in found.items()} for found in (shared, apart))
         return shared, apart, score(*where, mask=batch.mask, temperature=0.8, want=("entropy", "values"))
 
-    shared, apart, scores = terms(params)
+    shared, apart, scores = jax.tree.map(np.asarray, terms(params, batch))
     x = {
         name: np.asarray(value, np.float64)
         for name, value in (batch._asdict() | scores._asdict()).items()
@@ -272,9 +273,9 @@ def test_every_loss_function_gives_the_terms_of_the_formula():
     weights = x["weights"][:, None] * x["mask"]
     for name, of_shared, of_apart in (("policy", 1, 1), ("entropy", -0.05, -0.05), ("value", 0.3, 1)):
         expected = (weights * per_token[name]).sum() / weights.sum()
-        for term, weight in ((shared[name], of_shared), (apart[name], of_apart)):
-            np.testing.assert_allclose(term.mean.value(), expected, rtol=2e-5, err_msg=name)
-            np.testing.assert_allclose(term.weight, weight, rtol=1e-6, err_msg=name)
+        for found, weight in ((shared[name], of_shared), (apart[name], of_apart)):
+            np.testing.assert_allclose(found[0], weight, rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(found[1], expected, rtol=2e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -285,23 +286,28 @@ def vectors(shared):
 def test_policy_metrics_of_other_programs(vectors):
     vectors = [vector for vector in vectors if vector["function"] == "ppo_clip_loss"]
     assert [vector["id"] for vector in vectors] == [f"V06{i}" for i in range(1, 7)]
-    metrics = jax.jit(partial(policy_metrics, losses.ppo_clip))
+
+    @jax.jit
+    def metrics(*arrays):
+        found = policy_metrics(losses.ppo_clip, *arrays)
+        return {name: metric.value() for name, metric in found.items()}
+
     for vector in vectors:
         x, hyper, expected = vector["inputs"], vector["hyperparameters"], vector["expected"]
-        logp, old_logp, advantages, mask = (jnp.asarray(x[name]) for name in ("logp", "old_logp", "adv", "mask"))
+        logp, old_logp, advantages, mask = (np.array(x[name]) for name in ("logp", "old_logp", "adv", "mask"))
         clips = {"clip_low": hyper["eps_low"], "clip_high": hyper["eps_high"], "dual_clip": hyper.get("dual_clip_c")}
         found = metrics(logp, old_logp, advantages, mask, None, clips)
         # theirs tells clipping by the lower bound of a bad token's loss (dual clip) apart
         clipped = expected["clipfrac"] + expected.get("clipfrac_lower", 0)
-        np.testing.assert_allclose(found["clip_fraction"].value(), clipped, atol=1e-6, err_msg=vector["id"])
-        np.testing.assert_allclose(found["ratio"].value(), expected.get("ratio_mean", 0), atol=1e-6)
+        np.testing.assert_allclose(found["clip_fraction"], clipped, atol=1e-6, err_msg=vector["id"])
+        np.testing.assert_allclose(found["ratio"], expected.get("ratio_mean", 0), atol=1e-6)
         largest = np.exp(np.subtract(x["logp"], x["old_logp"]))[np.array(x["mask"]) > 0].max(initial=0)
-        np.testing.assert_allclose(found["ratio/max"].value(), largest, rtol=1e-6)
+        np.testing.assert_allclose(found["ratio/max"], largest, rtol=1e-6)
 
 
 def test_value_metrics_of_other_programs(vectors):
     """A critic that says what the vector says: its states are its parameters, one for each token."""
-    critic = tiny()[0]._replace(
+    critic = small()[0]._replace(
         hidden=lambda params, tokens, segments, **_: Hidden(params[..., None], None, {}),
         values=lambda params, states: states[..., 0],
     )
@@ -309,10 +315,10 @@ def test_value_metrics_of_other_programs(vectors):
     assert len(vectors) == 2
     for vector in vectors:
         x, expected = vector["inputs"], vector["expected"]
-        behind = {name: jnp.pad(jnp.asarray(x[name]), ((0, 0), (1, 0))) for name in ("old_values", "returns", "mask")}
-        tokens = jnp.zeros(behind["mask"].shape, int)
+        behind = {name: np.pad(np.array(x[name]), ((0, 0), (1, 0))) for name in ("old_values", "returns", "mask")}
+        tokens = np.zeros(behind["mask"].shape, np.int32)
         batch = ppo.Batch(tokens, tokens + 1, old_logp=tokens, advantages=tokens, **behind)
-        params = jnp.pad(jnp.asarray(x["values"]), ((0, 0), (0, 1)))
+        params = np.pad(np.float32(x["values"]), ((0, 0), (0, 1)))
         loss_fn = ppo.make_value_loss(
             critic, value_loss=partial(losses.value_clip, clip=vector["hyperparameters"]["clip_eps"])
         )
@@ -320,34 +326,34 @@ def test_value_metrics_of_other_programs(vectors):
         @partial(jax.value_and_grad, has_aux=True)
         def learn(params, batch):
             terms, metrics = loss_fn(params, batch, None, {})
-            return terms["value"].mean.value(), metrics
+            return terms["value"].mean.value(), {name: metric.value() for name, metric in metrics.items()}
 
         learn = jax.jit(learn)
-        (loss, metrics), gradient = learn(params, batch)
+        (loss, metrics), gradient = jax.tree.map(np.asarray, learn(params, batch))
         np.testing.assert_allclose(loss, expected["loss"], rtol=1e-5)
         np.testing.assert_allclose(gradient[:, :-1], expected["grad_values"], atol=1e-6)
-        np.testing.assert_allclose(metrics["values/clip_fraction"].value(), expected["clipfrac"], atol=1e-6)
+        np.testing.assert_allclose(metrics["values/clip_fraction"], expected["clipfrac"], atol=1e-6)
         chosen = np.array(x["mask"]) > 0
-        np.testing.assert_allclose(metrics["values"].value(), np.array(x["values"])[chosen].mean(), rtol=1e-6)
-        right = {name: jnp.roll(params, 1, axis=1) for name in ("old_values", "returns")}
+        np.testing.assert_allclose(metrics["values"], np.array(x["values"])[chosen].mean(), rtol=1e-6)
+        right = {name: np.roll(params, 1, axis=1) for name in ("old_values", "returns")}
         (_, metrics), _ = learn(params, batch._replace(**right))
-        assert metrics["values/clip_fraction"].value() == 0  # nothing to learn is not a gradient taken away
+        assert metrics["values/clip_fraction"] == 0  # nothing to learn is not a gradient taken away
 
 
 @pytest.mark.parametrize("make_loss", [ppo.make_value_loss, ppo.make_shared_loss])
 def test_a_critic_without_a_head_is_refused(make_loss):
-    model, params = tiny()
-    batch = problems()["ppo"].batch
+    model, params = small()
+    batch = problems(small)["ppo"].batch
     with pytest.raises(ValueError, match=r"no scalar head.*with_score\(model\)"):
         jax.eval_shape(make_loss(model), params, batch, None, {})
-    with pytest.raises(ValueError, match=r"got parameters \['embed', .*expected 'backbone' and 'score'"):
+    with pytest.raises(ValueError, match=r"got parameters \['down', 'embed', .*expected 'backbone' and 'score'"):
         jax.eval_shape(make_loss(models.with_score(model)), params, batch, None, {})
 
 
 @pytest.mark.parametrize("name", ["old_logp", "advantages"])
 def test_a_batch_of_another_shape_is_refused(name):
-    model, params = tiny()
-    batch = problems()["ppo"].batch
+    model, params = small()
+    batch = problems(small)["ppo"].batch
     batch = batch._replace(**{name: getattr(batch, name)[:, 1:]})
     with pytest.raises(Exception, match=r"shape|type"):
         jax.eval_shape(ppo.make_loss(model), params, batch, None, {})

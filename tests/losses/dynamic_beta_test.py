@@ -33,11 +33,16 @@ def test_beta_follows_the_gap_and_has_no_gradient():
 
 
 def test_moments_move_and_stay():
-    mean, std = losses.beta_dpo_moments(0.0, 0.0, jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
-    np.testing.assert_allclose([mean, std], [0.2, 0.1 * np.sqrt(2)], rtol=1e-6)
-    np.testing.assert_allclose(losses.beta_dpo_moments(1.0, 2.0, GAPS, jnp.zeros(10)), [1.0, 2.0], rtol=1e-7)
-    np.testing.assert_allclose(losses.beta_dpo_moments(1.0, 2.0, GAPS[:1]), [0.95, 1.8], rtol=1e-6)
-    first = losses.beta_dpo_moments(0.0, 0.0, GAPS, momentum=0.0)
+    @jax.jit
+    def run():
+        of = losses.beta_dpo_moments
+        filled = of(0.0, 0.0, jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
+        return filled, of(1.0, 2.0, GAPS, jnp.zeros(10)), of(1.0, 2.0, GAPS[:1]), of(0.0, 0.0, GAPS, momentum=0.0)
+
+    filled, of_none, of_one, first = run()
+    np.testing.assert_allclose(filled, [0.2, 0.1 * np.sqrt(2)], rtol=1e-6)
+    np.testing.assert_allclose(of_none, [1.0, 2.0], rtol=1e-7)
+    np.testing.assert_allclose(of_one, [0.95, 1.8], rtol=1e-6)
     np.testing.assert_allclose(first, [np.mean(GAPS), np.std(GAPS, ddof=1)], rtol=1e-6)
 
 
@@ -64,7 +69,7 @@ def test_the_draw_has_the_weights_it_should():
     """One of ten: the probabilities of a softmax; and a std of 0 leaves a number, the nearest gap wins."""
     keys = jax.random.split(jax.random.key(1), 4000)
     draw = functools.partial(losses.beta_dpo_select, gaps=GAPS, mean=0.5, std=1.5, ratio=0.9)
-    share = jnp.mean(jax.vmap(lambda key: draw(key))(keys), axis=0)
+    share = jax.jit(lambda keys: jnp.mean(jax.vmap(lambda key: draw(key))(keys), axis=0))(keys)
     weight = np.exp(-0.5 * ((np.asarray(GAPS) - 0.5) / 1.5) ** 2)
     np.testing.assert_allclose(share, weight / weight.sum(), atol=0.03)
     np.testing.assert_array_equal(select(std=0.0, ratio=0.9), np.eye(10)[0])
@@ -87,7 +92,7 @@ def test_statistics_have_no_gradient():
         mean, std = losses.beta_dpo_moments(0.0, 0.0, gaps)
         return mean + std + losses.beta_dpo_select(jax.random.key(0), gaps, mean=mean, std=std).sum()
 
-    np.testing.assert_array_equal(jax.grad(total)(GAPS), 0.0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(GAPS), 0.0)
     np.testing.assert_allclose(log_weight(jnp.array([3.0]), 1.0, 0.5), [-8.0])
 
 

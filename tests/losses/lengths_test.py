@@ -27,11 +27,15 @@ def random_pair(seed=3):
 
 
 def test_a_longer_chosen_side_learns_less():
-    def pull(length):
-        chosen, rejected = response([-5.0], [-5.0], [length]), response([-6.0], [-6.0], [4])
-        value, gradient = jax.value_and_grad(
-            lambda x: losses.r_dpo(chosen._replace(logp=x), rejected, alpha=0.1).sum()
-        )(chosen.logp)
+    @jax.jit
+    @jax.value_and_grad
+    def run(logp, chosen, rejected):
+        return losses.r_dpo(chosen._replace(logp=logp), rejected, alpha=0.1).sum()
+
+    def pull(length):  # of nine columns each
+        both = response([-5.0, 0.0], [-5.0, 0.0], [length, 9])
+        chosen, rejected = jax.tree.map(lambda x: np.asarray(x)[:1], both), response([-6.0], [-6.0], [4])
+        value, gradient = jax.tree.map(np.asarray, run(chosen.logp, chosen, rejected))
         return value, -gradient[0, 0]
 
     (short, strong), (even, middle), (long, weak) = pull(1), pull(4), pull(9)
@@ -55,17 +59,21 @@ def test_policy_and_reference_shifted_alike_change_nothing(loss):
 
 def test_desensitised_not_at_all_is_dpo_and_wholly_is_a_cut():
     chosen, rejected = random_pair()
-    whole = losses.dpo(chosen, rejected, beta=0.3)
-    for loss in (losses.ld_dpo, losses.ld_dpo_policy):
-        np.testing.assert_allclose(loss(chosen, rejected, beta=0.3, alpha=1.0), whole, rtol=1e-5)
+    forms = (losses.ld_dpo, losses.ld_dpo_policy)
     long, short = response([-8.0], [-7.0], [8]), response([-3.0], [-2.0], [2])
     cut, whole_reference = response([-2.0], [-7.0 / 4], [2]), response([-2.0], [-7.0], [2])
-    np.testing.assert_allclose(losses.ld_dpo(long, short, alpha=0.0), losses.dpo(cut, short), rtol=1e-6)
-    np.testing.assert_allclose(
-        losses.ld_dpo_policy(long, short, alpha=0.0),
-        losses.dpo(whole_reference, short),
-        rtol=1e-6,
-    )
+
+    @jax.jit
+    def run():
+        all_of_it = [loss(chosen, rejected, beta=0.3, alpha=1.0) for loss in forms]
+        none_of_it = [loss(long, short, alpha=0.0) for loss in forms]
+        expected = [losses.dpo(side, short) for side in (cut, whole_reference)]
+        return losses.dpo(chosen, rejected, beta=0.3), all_of_it, none_of_it, expected
+
+    whole, all_of_it, none_of_it, expected = jax.tree.map(np.asarray, run())
+    for found in all_of_it:
+        np.testing.assert_allclose(found, whole, rtol=1e-5)
+    np.testing.assert_allclose(none_of_it, expected, rtol=1e-6)
 
 
 def test_the_number_of_tokens_does_not_scale_averages():

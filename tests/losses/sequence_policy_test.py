@@ -1,5 +1,7 @@
 """What is particular to policy losses of whole responses: closed forms, what is a constant, what equals what."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,8 @@ from references import sequence_policy as references
 from alignax import losses, reduce
 
 ROW_LOSSES = ("rloo", "reinforce_is_sequence", "gspo", "gspo_token", "luspo", "gmpo", "vespo")
-OLD = jnp.array([[-1.0, -0.5, -2.0, -0.3], [-0.7, -1.2, -0.4, -9.0], [-1.0, -1.0, -1.0, -1.0]])
-MASK = jnp.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
+OLD = np.float32([[-1.0, -0.5, -2.0, -0.3], [-0.7, -1.2, -0.4, -9.0], [-1.0, -1.0, -1.0, -1.0]])
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
 LENGTHS = np.array([[4], [3], [1]])
 
 
@@ -21,18 +23,24 @@ def row(name, hyper, frozen=False):
     return Row(loss, tokenwise(loss, *POLICY), loop, POLICY, hyper, fixed(loop) if frozen else None)
 
 
+@functools.cache
+def compiled(name, mean):
+    """Gradient of the mean loss by the first of (logp, old_logp, advantages, mask)."""
+    loss = getattr(losses, name)
+    return jax.jit(jax.grad(lambda *x, **hyper: mean(loss(*x, **hyper), x[-1]).value()))
+
+
 def gradient(name, logp, advantages, mean=reduce.sequence_mean, **hyper):
     """Of the mean loss, by logp, at OLD."""
-    loss = getattr(losses, name)
-    return jax.grad(lambda x: mean(loss(x, OLD, jnp.asarray(advantages), MASK, **hyper), MASK).value())(logp)
+    return compiled(name, mean)(np.float32(logp), OLD, np.float32(advantages), MASK, **hyper)
 
 
 @pytest.mark.parametrize("name", ROW_LOSSES)
 def test_old_logp_and_advantages_are_constants(name):
     loss = getattr(losses, name)
-    gradients = jax.grad(lambda old, a: jnp.sum(loss(OLD + 0.01, old, a, MASK)), (0, 1))(OLD, OLD)
+    gradients = jax.jit(jax.grad(lambda *x: jnp.sum(loss(*x)), (1, 2)))(OLD + np.float32(0.01), OLD, OLD, MASK)
     for x in gradients:
-        np.testing.assert_array_equal(x, jnp.zeros_like(OLD))
+        np.testing.assert_array_equal(x, np.zeros_like(OLD))
 
 
 @pytest.mark.parametrize("name", ROW_LOSSES)
@@ -72,18 +80,21 @@ def test_gradients_are_the_closed_forms(name, moved):
 
 
 def test_gspo_token_is_gspo_where_the_advantage_is_the_rows():
-    x = device(sample(seed=2, scale=0.3))
-    mask, one = x["mask"], jnp.broadcast_to(x["advantages"][:, :1], x["logp"].shape)
+    x = sample(seed=2, scale=0.3)
+    x["advantages"] = np.broadcast_to(x["advantages"][:, :1], x["logp"].shape)
 
-    def of(loss):
-        mean = lambda logp: reduce.sequence_mean(  # noqa: E731
-            loss(logp, x["old_logp"], one, mask, clip_low=0.2, clip_high=0.2), mask
-        )
-        return jax.value_and_grad(lambda logp: mean(logp).value())(x["logp"])
+    @jax.jit
+    def of_both(x):
+        def mean(logp, loss):
+            per_token = loss(logp, x["old_logp"], x["advantages"], x["mask"], clip_low=0.2, clip_high=0.2)
+            return reduce.sequence_mean(per_token, x["mask"]).value()
 
-    for found, expected in zip(of(losses.gspo_token), of(losses.gspo), strict=True):
+        return [jax.value_and_grad(mean)(x["logp"], loss) for loss in (losses.gspo_token, losses.gspo)]
+
+    of_token, of_row = jax.tree.map(np.asarray, of_both(x))
+    for found, expected in zip(of_token, of_row, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-    assert np.max(np.abs(of(losses.gspo)[1])) > 0.01
+    assert np.max(np.abs(of_row[1])) > 0.01
 
 
 def test_luspo_is_gspo_summed_over_rows():
@@ -96,27 +107,26 @@ def test_luspo_is_gspo_summed_over_rows():
 
 
 def test_gmpo_clips_tokens_and_only_where_it_would_gain():
-    moved = jnp.array([[0.6, -0.6, 0.1, 0.0]])
-    for sign, counted in ((1.0, [0, 1, 1, 1]), (-1.0, [1, 0, 1, 1])):
-        loss = lambda x, a=sign: jnp.sum(losses.gmpo(x, 0 * moved, a + 0 * moved, jnp.ones((1, 4))))  # noqa: E731
-        np.testing.assert_array_equal(jax.grad(loss)(moved) != 0, [counted])
+    moved, one = np.float32([[0.6, -0.6, 0.1, 0.0]]), np.ones((1, 4), np.float32)
+    slope = jax.jit(jax.grad(lambda *x: jnp.sum(losses.gmpo(*x))))
+    for sign, counted in ((1, [0, 1, 1, 1]), (-1, [1, 0, 1, 1])):
+        np.testing.assert_array_equal(np.asarray(slope(moved, 0 * one, sign * one, one)) != 0, [counted])
 
 
 @pytest.mark.parametrize("name", ROW_LOSSES)
 def test_long_rows_do_not_overflow(name):
     """400 tokens a nat apart each: e^400 is no float32."""
-    old, one = jnp.zeros((2, 400)), jnp.ones((2, 400))
-    advantages = one * jnp.array([[1.0], [-1.0]])
-    for moved in (1.0, -1.0, 300.0):
-        loss = lambda x: jnp.sum(getattr(losses, name)(x, old, advantages, one))  # noqa: E731
-        value, found = jax.value_and_grad(loss)(old + moved)
+    one = np.ones((2, 400), np.float32)
+    run = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(getattr(losses, name)(*x))))
+    for moved in (1, -1, 300):
+        value, found = run(moved * one, 0 * one, one * np.float32([[1], [-1]]), one)
         assert np.isfinite(value) and np.all(np.isfinite(found))
 
 
 @pytest.mark.parametrize("name, hyper", [("gmpo", {"clip_low": 0.0}), ("reinforce_is_sequence", {"cap": -1.0})])
 def test_hyperparameters_out_of_range_are_refused(name, hyper):
     with pytest.raises(ValueError, match=rf"{name}: .*expected .* > 0"):
-        getattr(losses, name)(OLD, OLD, OLD, MASK, **hyper)
+        getattr(losses, name)(*map(jnp.asarray, (OLD, OLD, OLD, MASK)), **hyper)
 
 
 class TestRows(Properties):
