@@ -54,22 +54,21 @@ def described(way, shared, window):
     segments, parents = jnp.asarray(SEGMENTS, jnp.int32), jnp.asarray(PARENTS, jnp.int32)
     if not shared:
         return Rows(way, (window,), segments)
-    return Rows(way, (window,), segments, parents, segment_positions(segments, parents))
+    return Rows(way, (window,), segments, parents, jax.jit(segment_positions)(segments, parents))
 
 
 @pytest.mark.parametrize("name, shared, window, softcap", CASES)
 def test_values_and_gradients_by_a_loop(name, shared, window, softcap):
-    queries, keys, values, cotangent = (jnp.asarray(x) for x in ARRAYS)
-    rows, real = described(WAYS[name].attend, shared, window), jnp.asarray(SEGMENTS != 0)[:, :, None, None]
+    queries, keys, values, cotangent = ARRAYS
+    rows, real = described(WAYS[name].attend, shared, window), (SEGMENTS != 0)[:, :, None, None]
 
-    @jax.jit
     def value(queries, keys, values):
         mixed = rows.attend(queries, attention.as_cache(keys, values), scalar=9.0, softcap=softcap)
         mixed = jnp.where(real, mixed, 0.0)
         return jnp.sum(mixed * cotangent), mixed
 
     arrays = (queries, keys[:, :, :KV], values[:, :, :KV])
-    found, mixed = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    found, mixed = jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays)
     expected = by_loop(shared, window, softcap)
     np.testing.assert_allclose(mixed, expected[0], atol=2e-6)
     for got, want in zip(found, expected[1:]):
@@ -95,23 +94,27 @@ ROW = np.array([[1] * 9 + [2] * 7 + [3] * 6 + [0] * 2])
 
 
 @functools.cache
+def parameters():
+    rng, shapes = np.random.default_rng(1), jax.eval_shape(transformer(CONFIG).init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.3, 0.4, leaf.shape), jnp.float32), shapes)
+
+
+@functools.cache
 def states(way, shared=False, prefill=False):
     """Of every token that is not padding, and the cache that a prefill leaves behind."""
     model = transformer(dataclasses.replace(CONFIG, attention=way))
-    segments = jnp.asarray(ROW if not prefill else ROW != 0, jnp.int32)
-    parents = jnp.where(segments == 3, 1, 0) if shared else None
-    rng, shapes = np.random.default_rng(1), jax.eval_shape(model.init, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.3, 0.4, leaf.shape), jnp.float32), shapes)
-    unrolled = model.unroll(params) if prefill == "unrolled" else params
+    segments = (ROW if not prefill else ROW != 0).astype(np.int32)
+    parents = np.where(segments == 3, 1, 0) if shared else None
 
     @jax.jit
     def run(params, segments, parents):
         cache = model.init_cache(1, 30) if prefill else None
+        params = model.unroll(params) if prefill == "unrolled" else params
         found = model.hidden(params, segments * 3 + jnp.arange(24)[None] % 7, segments, parents=parents, cache=cache)
         return jnp.where(segments[..., None] != 0, found.states, 0.0), found.cache, found.aux
 
-    found, cache, aux = run(unrolled, segments, parents)
-    return found, [layer.values[:, :, :22] for layer in cache or ()], aux
+    found, cache, aux = run(parameters(), segments, parents)
+    return found, [np.asarray(layer.values)[:, :, :22] for layer in cache or ()], aux
 
 
 @pytest.mark.parametrize(
