@@ -68,7 +68,7 @@ def test_scores_against_numpy(batch, chunk, temperature):
 
 
 def test_only_what_is_wanted_is_there(batch):
-    model, params = tiny()
+    model, params = small()
     rows = (jnp.asarray(batch["tokens"]), jnp.asarray(batch["segments"]))
     scores = jax.eval_shape(lambda params: logprobs.score(model, params, *rows), params)
     assert scores.entropy is None and scores.correct is None and scores.logits is None
@@ -132,7 +132,7 @@ def test_gradient_equals_that_of_materialised_logits(batch):
 
 
 def test_no_array_of_the_size_of_all_logits():
-    model, params = tiny()
+    model, params = small()
     tokens = jnp.zeros((4, 512), jnp.int32)
 
     def loss(params):
