@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import operator
 import os
 import pathlib
 import signal
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import common
+import due
 import jax
 import launch
 import records
@@ -103,6 +103,9 @@ class Run:
         self._options: dict[str, Any] = {
             f.name: getattr(config, f.name, f.default) for f in dataclasses.fields(Options)
         }
+        evaluations = getattr(config, "evaluate_every", 0)
+        every = self._options["checkpoint_every"] or (evaluations if self._options["resume"] == "auto" else 0)
+        self._saves = due.Due(every, evaluations, self._options["keep_best"], total)
         self._check()
         self._writes = jax.process_index() == 0
         self._manager: Any = None
@@ -128,7 +131,7 @@ class Run:
         for name, least in {"checkpoint_every": 0, "keep": 1, "watch_window": 1}.items():
             if self._options[name] < least:
                 raise ValueError(f"{name}={self._options[name]}; expected {least} or more")
-        if self._options["keep_best"] and not self._every():
+        if self._options["keep_best"] and not self._saves.every:
             raise ValueError(
                 f"keep_best={self._options['keep_best']!r} of a run that saves no checkpoints; expected --resume auto "
                 "or --checkpoint-every, too"
@@ -280,7 +283,7 @@ class Run:
         """
         if self._ending is None and multihost_utils.reached_preemption_sync_point(step):
             self._ending = PREEMPTED, "SIGTERM"
-        if self._ending is None and not self._due(step):
+        if self._ending is None and not self._saves.at(step, self.history):
             return
         self._write(step, everything)
         if self._ending is not None:
@@ -301,49 +304,16 @@ class Run:
         self._ending = code, reason
         return self._resumable
 
-    def _every(self) -> int:
-        """Steps between two checkpoints; 0: there are none."""
-        by_evaluation = self._options["resume"] == "auto" and getattr(self._config, "evaluate_every", 0)
-        return self._options["checkpoint_every"] or by_evaluation or 0
-
-    def _due(self, step: int) -> bool:
-        every = self._every()
-        return every > 0 and (step % every == 0 or step == self._total or self._is_best(step))
-
-    def _is_best(self, step: int) -> bool:
-        """Whether `keep_best` was evaluated at this step, and is better than ever since step 0, which saves nothing."""
-        name, every = self._options["keep_best"], getattr(self._config, "evaluate_every", 0)
-        if not name or not every or step % every:
-            return False
-        *before, last = [point for point in self.history.get(name, []) if point[0]] or [(0, 0.0)]
-        better = operator.lt if checkpoint.less_is_better(name) else operator.gt
-        return last[0] == step and all(better(last[1], value) for _, value in before)
-
     def _write(self, step: int, everything: Mapping[str, Any]) -> None:
         if self._writes:
             os.fsync(self._lines.fileno())  # no line before the checkpoint is lost, should the machine go down
         points = self.history.get(name := self._options["keep_best"], [])
         best = {name: points[-1][1]} if points and points[-1][0] == step else {}
-        if name and not best and self._ending is None:
-            self._tell_unmeasured(step, name, {number for number, _ in points})
+        if (unmeasured := self._saves.unmeasured(step, self.history)) and self._ending is None:
+            warnings.warn(unmeasured, stacklevel=3)
         about = {"config": records.described(self._config), "unsaved": self._unsaved}
         with self._explained(step):
             checkpoint.save(self._checkpoints(), step, everything, about=about, metrics=best)
-
-    def _tell_unmeasured(self, step: int, name: str, logged: set[int]) -> None:
-        """Says when `keep_best` keeps nothing: its metric is not logged, or never at the step of a checkpoint."""
-        every = self._every()
-        steps = [n for n in (every, getattr(self._config, "evaluate_every", 0)) if n]  # as in _due and _is_best
-        if not logged:
-            warnings.warn(
-                f"keep_best={name!r}: not logged so far; expected one of {sorted(self.history)}", stacklevel=4
-            )
-        elif step == self._total and not any(at and at % n == 0 for at in logged for n in steps):
-            warnings.warn(
-                f"keep_best={name!r}: logged at the steps {sorted(logged)[:4]}, ..., and a checkpoint every {every}: "
-                "there is none of them to keep",
-                stacklevel=4,
-            )
 
     def _settle(self) -> None:
         with self._explained(self._checkpoints().latest_step()):

@@ -196,7 +196,7 @@ def test_prompts_may_have_settings_of_their_own():
 @pytest.mark.parametrize("build", [history, llama])
 def test_one_beam_is_greedy(build):
     model, params, _ = build()
-    settings = {"max_new_tokens": 9, "eos_ids": (2, 4)}
+    settings = {"max_new_tokens": 9, "eos_ids": (2, 4, 5)}
     sample = jax.jit(functools.partial(generate, model, temperature=0.0, **settings))
     samples = sample(params, *arrays(PROMPTS, LENGTHS), jax.random.key(0))
     assert len(set(samples.lengths.tolist())) > 1

@@ -217,7 +217,7 @@ def from_llama(kind, draft_params, prompts, lengths, key, *, temperature, top_k=
     """Two completions of up to ten tokens for each prompt, by one compiled function for each kind of draft."""
     model, params, _ = llama()
     draft = drafted(model) if kind == "model" else copied(3)
-    sample = sampler(model, draft, draft_tokens=3, max_new_tokens=10, group=2, eos_ids=(20, 31))
+    sample = sampler(model, draft, draft_tokens=3, max_new_tokens=10, group=2, eos_ids=(19, 31))
     settings = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
     return sample(params, *arrays(prompts, lengths), key, draft_params=draft_params, **settings)
 
@@ -226,9 +226,9 @@ def from_llama(kind, draft_params, prompts, lengths, key, *, temperature, top_k=
 def test_greedy_is_the_plain_loop_with_any_draft(kind, key):
     model, params, forward = llama()
     prompts, lengths = np.asarray(jax.random.randint(key, (3, 6), 0, 32)), np.array([6, 2, 4])
-    tokens, ends = greedy_loop(forward, prompts, lengths, 10, (20, 31))
+    tokens, ends = greedy_loop(forward, prompts, lengths, 10, (19, 31))
     assert np.any(ends < lengths + 10) and np.any(ends == lengths + 10)
-    sample = jax.jit(functools.partial(generate, model, max_new_tokens=10, eos_ids=(20, 31)))
+    sample = jax.jit(functools.partial(generate, model, max_new_tokens=10, eos_ids=(19, 31)))
     plain = sample(params, *arrays(prompts, lengths), key, temperature=0.0)
     np.testing.assert_array_equal(plain.tokens, tokens)
     halfway = jax.tree.map(lambda a, b: a + 0.05 * b, params, parameters(model, 2))
