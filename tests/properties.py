@@ -254,15 +254,14 @@ class Properties:
             assert not np.any(np.isnan(gradient)), name
 
     def test_bfloat16_in_float32_out(self, row):
-        x = device(make(row))
-        half = {n: v.astype(jnp.bfloat16) if v.dtype == jnp.float32 else v for n, v in x.items()}
-        rounded = {n: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v for n, v in half.items()}
-        out = row.call(half)
+        half = {n: v.astype(jnp.bfloat16) if v.dtype == np.float32 else v for n, v in make(row).items()}
+        rounded = {n: v.astype(np.float32) if v.dtype == jnp.bfloat16 else v for n, v in half.items()}
+        out = row.call(device(half))
         assert out.dtype == jnp.float32
-        np.testing.assert_array_equal(out, row.call(rounded))
+        np.testing.assert_array_equal(out, row.call(device(rounded)))
 
     def test_bad_shapes_are_refused(self, row):
-        x = device(make(row))
+        x = make(row)
         last = [i.axes.split()[-1] for i in row.inputs.values()] + ["T" for i in row.inputs.values() if i.mask]
         for name, i in row.inputs.items():
             known = last.count(i.axes.split()[-1]) > 1  # a size that nothing else has may be any

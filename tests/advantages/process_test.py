@@ -32,11 +32,15 @@ class TestRows(Properties):
     }
 
     def test_bad_shapes_are_refused(self, row):
-        x = {"rewards": jnp.ones((4, 3, 5)), "ends": jnp.ones((4, 3, 5), int), "mask": jnp.ones((4, 3, 6))}
+        x = {
+            "rewards": np.ones((4, 3, 5), np.float32),
+            "ends": np.ones((4, 3, 5), np.int32),
+            "mask": np.ones((4, 3, 6)),
+        }
         for name in x:
             for bad in (x[name][:, :-1], x[name][0]):
                 with pytest.raises(Exception, match=r"rank|shape|type"):
-                    row.call({**x, name: bad})
+                    jax.eval_shape(row.call, {**x, name: bad})
 
 
 def test_missing_steps_padding_and_a_group_of_one():
@@ -44,15 +48,21 @@ def test_missing_steps_padding_and_a_group_of_one():
     rewards, ends = rng.normal(size=(2, 3, 4)).astype(np.float32), np.tile(np.int32([1, 2, 4, 6]), (2, 3, 1))
     rewards[0, 0, 2:] = rewards[0, 1] = rewards[1] = np.nan
     x = {"rewards": rewards, "ends": ends, "mask": rng.random((2, 3, 7)) < 0.7}
-    result = jax.jit(advantages.group_relative_process)(*(jnp.asarray(value) for value in x.values()))
+    result = jax.jit(advantages.group_relative_process)(*x.values())
     np.testing.assert_allclose(result, references.group_relative_process(x), rtol=1e-5, atol=1e-6)
+    result = np.asarray(result)
     assert not np.any(result[0, 1]) and not np.any(result[1]) and not np.any(result[0, 0, 3:])
     with pytest.raises(ValueError, match=r"group_relative_process: .*at least 2 samples"):
         advantages.group_relative_process(*(jnp.asarray(value[:, :1]) for value in x.values()))
 
 
 def test_one_step_at_the_end_is_group_relative():
-    rewards = jnp.array([[1.0, 0.0, 0.0, 1.0]])
-    steps = advantages.group_relative_process(rewards[..., None], jnp.full((1, 4, 1), 4), jnp.ones((1, 4, 5)))
-    expected = advantages.group_relative(rewards)
-    np.testing.assert_array_equal(steps, jnp.broadcast_to(expected[..., None], steps.shape))
+    rewards, ends, mask = np.float32([[1, 0, 0, 1]]), np.full((1, 4, 1), 4), np.ones((1, 4, 5), np.float32)
+
+    @jax.jit
+    def run(rewards, ends, mask):
+        steps = advantages.group_relative_process(rewards[..., None], ends, mask)
+        return steps, advantages.group_relative(rewards)
+
+    steps, expected = jax.tree.map(np.asarray, run(rewards, ends, mask))
+    np.testing.assert_array_equal(steps, np.broadcast_to(expected[..., None], steps.shape))

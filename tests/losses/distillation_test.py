@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from properties import SIZES, Input, Properties, Row, device, make, real, tokenwise
+from properties import SIZES, Input, Properties, Row, make, real, tokenwise
 from references import distillation as references
 
 from alignax import losses
@@ -235,7 +235,7 @@ class TestTopK(Properties):
 
     def test_bad_shapes_are_refused(self, row):
         """Fewer logits than there are ids; one more or less is another vocabulary, which cannot be seen."""
-        x = device(make(row))
+        x = make(row)
         for bad in (x["logits"][..., :3], x["logits"][:, :-1], x["logits"][0]):
             with pytest.raises(Exception, match=r"rank|shape|type"):
                 jax.eval_shape(row.call, {**x, "logits": bad})
