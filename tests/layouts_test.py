@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
+from parameters import drawn
 from problems import tiny
 
 from alignax import layouts, models
@@ -45,7 +45,7 @@ def variants():
 @functools.cache
 def variant(name):
     model = models.transformer(variants()[name])
-    return model, drawn(model)
+    return model, drawn(model, scale=0.2)
 
 
 @pytest.mark.parametrize("name", ["windows", "learned", "mixture", "softcap"])

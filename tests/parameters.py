@@ -7,7 +7,7 @@ import numpy as np
 from alignax.types import Model, Params
 
 
-def drawn(model: Model, *, seed: int = 0, scale: float = 0.3) -> Params:
+def drawn(model: Model, scale: float = 0.3, seed: int = 0) -> Params:
     """Normal weights and biases, norms' scales about 1, in the shapes and dtypes of `model.init`."""
     rng = np.random.default_rng(seed)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
+from parameters import drawn
 from problems import VOCAB, tiny
 from references import toys
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
+from parameters import drawn
 
 from alignax.models import LayerKind, TransformerConfig, attention, kernels, transformer
 from alignax.sampling import generate

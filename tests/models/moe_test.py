@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from drawn import drawn
+from parameters import drawn
 
 from alignax.models import TransformerConfig, moe, transformer
 
