@@ -75,8 +75,9 @@ class Run:
             run.save(step, {"state": state, "position": position})         # when due
     return run.finish(result)
     ```
-    Create it before anything costly, enter it before the loop. The picture is drawn when the block ends, whether the
-    run finished, failed or was interrupted. On several processes all make the same calls, and the first one writes.
+    Create it before anything costly, enter it before the loop. The picture is drawn when the run finishes, or
+    when the block ends, whether it failed or was interrupted. On several processes all make the same calls, and the
+    first one writes.
 
     Attributes:
       folder: `config.output`.
@@ -109,7 +110,7 @@ class Run:
         self._check()
         self._writes = jax.process_index() == 0
         self._manager: Any = None
-        self._resumable = False
+        self._resumable = self._drawn = False
         self._unsaved: dict[str, int] = {}
         self._lines: Any = None
         self._board: Any = None
@@ -339,8 +340,16 @@ class Run:
             self._settle()
         values = {name: float(value) for name, value in result.items()}
         if self._writes:
+            self._draw()  # before what says that nothing is left to do
             records.write(self.folder / records.RESULT, {"step": max(self.step, self._total), "result": values})
         return values
+
+    def _draw(self) -> None:
+        if self._drawn:
+            return
+        names = [name for name in self._curves or sorted(self.history) if name in self.history]
+        common.save_curves(self.folder / "curves.png", {name: self.history[name] for name in names[:12]})
+        self._drawn = True
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         for number, handler in self._handlers.items():
@@ -367,8 +376,7 @@ class Run:
             if self._writes and self._lines is not None:
                 self._lines.close()
                 self._board.close()
-                names = [name for name in self._curves or sorted(self.history) if name in self.history]
-                common.save_curves(self.folder / "curves.png", {name: self.history[name] for name in names[:12]})
+                self._draw()
         except OSError:
             if not failed:
                 raise

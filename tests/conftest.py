@@ -62,6 +62,15 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Scripts print no sampled texts and draw no curves, a third of a short run: for tests of something else."""
+    import common
+
+    monkeypatch.setattr(common, "make_show", lambda *args, **options: lambda *shown: None)
+    monkeypatch.setattr(common, "save_curves", lambda path, curves: None)
+
+
 def pytest_generate_tests(metafunc):
     """Tests of `properties.Properties` run for each of the rows that their class names."""
     if "row" in metafunc.fixturenames and hasattr(metafunc.cls, "rows"):

@@ -56,7 +56,7 @@ def test_kto(tiny_folder, tmp_path, capsys):
         kto.main(config)
 
 
-def test_bco_keeps_the_mean_reward_of_all_rows(tiny_folder, tmp_path):
+def test_bco_keeps_the_mean_reward_of_all_rows(tiny_folder, tmp_path, bare):
     config = config_of(tiny_folder, tmp_path, answers(20), loss="bco", microbatches=1)
     kto.main(config)
     lines = lines_of(config)[1:]

@@ -53,7 +53,7 @@ def run(script, tiny_folder, tmp_path, rows, name, **options):
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_kto_runs_packed(tiny_folder, tmp_path, capsys):
+def test_kto_runs_packed(tiny_folder, tmp_path, capsys, bare):
     answers = [{"prompt": f"q{i}: ", "completion": "yes " * (2 + i % 2), "label": i % 2 == 0} for i in range(24)]
     lines = run(kto, tiny_folder, tmp_path, answers, "out", pack=120, microbatches=2, desirable_weight=1.2)
     assert all(np.isfinite(value) for line in lines for value in line.values()) and lines[1]["kl"] >= 0

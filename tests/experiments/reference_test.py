@@ -24,7 +24,7 @@ def options(folder, data, **changes):
     return preference.Config(**{"model": str(folder), "data": str(data), **fixed, **changes})
 
 
-def test_a_cached_reference_gives_the_same_run_and_is_refused_when_stale(tiny_folder, data, tmp_path, capsys):
+def test_a_cached_reference_gives_the_same_run_and_is_refused_when_stale(tiny_folder, data, tmp_path, capsys, bare):
     file = tmp_path / "reference.safetensors"
     expected = preference.main(options(tiny_folder, data, output=tmp_path / "plain"))
     small = {"output": tmp_path / "cached", "cache_reference": file, "offload": True}

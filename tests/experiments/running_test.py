@@ -112,6 +112,17 @@ def test_run_touches_nothing_before_it_is_entered(tmp_path):
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_run_that_is_called_finished_has_its_curves(tmp_path, monkeypatch):
+    """A process that is killed between the two would never draw them: the next one finds nothing left to do."""
+    written, write = [], records.write
+    monkeypatch.setattr(common, "save_curves", lambda path, curves: written.append(path.name))
+    monkeypatch.setattr(records, "write", lambda path, *rest: (written.append(path.name), write(path, *rest)))
+    with running.Run(Config(tmp_path / "out"), total=1) as run:
+        run.log(1, {"a": 1.0})
+        run.finish({"a": 1.0})
+    assert written[-2:] == ["curves.png", "result.json"] and written.count("curves.png") == 1
+
+
 def test_an_interrupted_run_keeps_its_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "save_curves", DRAW)
     with pytest.raises(KeyboardInterrupt), running.Run(Config(tmp_path / "out"), total=9, curves=("a",)) as run:

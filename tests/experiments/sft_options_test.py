@@ -29,7 +29,7 @@ def lines(config):
     return [json.loads(line) for line in (config.output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_objectives_differ_and_are_measured_alike(config, tmp_path):
+def test_objectives_differ_and_are_measured_alike(config, tmp_path, bare):
     options = {
         "plain": {},
         "dft": {"loss": "dft"},
