@@ -54,8 +54,12 @@ def open_manager(folder: str | pathlib.Path, *, keep: int = 2, best: str = "") -
       keep: how many of the newest to keep.
       best: the name of a metric; the checkpoint with the best is kept, too. More is better, unless it ends in loss.
 
+    Warns:
+      RuntimeWarning: when a checkpoint's metrics cannot be read; it is moved to the folder `damaged` beside.
+
     Raises:
       ValueError: for `keep` below 1.
+      OSError: when there are checkpoints, but of none can the metrics be read; nothing is moved then.
     """
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
@@ -157,8 +161,7 @@ def restore(manager: Any, example: Trees, *, donate: Any = ()) -> Found | None:
             return Found(step, trees, content["about"], content["versions"])
         wrong[step] = error
     if wrong:
-        said = "".join(f"\n  {step}: {error}" for step, error in wrong.items())
-        raise OSError(f"{manager.directory}: no checkpoint is whole:{said}")
+        raise _none_whole(manager.directory, wrong)
     return None
 
 
@@ -344,15 +347,40 @@ def _set_aside(folder: pathlib.Path, error: str) -> None:
     warnings.warn(f"CHECKPOINT DAMAGED, moved to {damaged}: {folder}: {error}", RuntimeWarning, stacklevel=4)
 
 
+def _none_whole(folder: Any, wrong: Mapping[int, str]) -> OSError:
+    said = "".join(f"\n  {step}: {error}" for step, error in wrong.items()) or " process 0 says why"
+    return OSError(f"{folder}: no checkpoint is whole:{said}")
+
+
 def _check_metrics(folder: pathlib.Path) -> None:
-    """Sets checkpoints aside whose metrics cannot be read: Orbax reads them before anything is asked of it."""
+    """Sets checkpoints aside whose metrics cannot be read: Orbax reads them before anything is asked of it.
+
+    All are read before any is moved: were none to remain, it would look as if there had never been one.
+    """
+    wrong: dict[int, str] = {}
+    none = False
     if jax.process_index() == 0:
-        for file in folder.glob("*/metrics/metrics"):
-            try:
-                error = "" if isinstance(json.loads(file.read_text()), dict) else "are not named"
-            except (ValueError, OSError) as problem:
-                error = str(problem)
-            if error:
-                _set_aside(file.parents[1], f"its metrics: {error}")
+        # What has another name is none: one that was being written when the process ended, which Orbax clears away.
+        names = [path.name for path in folder.glob("*") if path.is_dir()]
+        steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        wrong = {step: error for step in steps if (error := _wrong_metrics(folder / str(step)))}
+        none = bool(wrong) and len(wrong) == len(steps)
+    if jax.process_count() > 1:
+        none = bool(multihost_utils.broadcast_one_to_all(np.array(none)))
+    if none:
+        raise _none_whole(folder, wrong)
+    for step, error in wrong.items():
+        _set_aside(folder / str(step), error)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("alignax.io.checkpoint")
+
+
+def _wrong_metrics(folder: pathlib.Path) -> str:
+    """Why a checkpoint's metrics cannot be read; empty where they can, or there are none."""
+    try:
+        found = json.loads((folder / "metrics" / "metrics").read_text())
+    except FileNotFoundError:
+        return ""
+    except (ValueError, OSError) as problem:
+        return f"its metrics: {problem}"
+    return "" if isinstance(found, dict) else "its metrics: are not named"

@@ -169,6 +169,28 @@ def test_none_is_whole(manager):
     assert sorted(manager.all_steps()) == [1, 2]  # nothing is moved, there may be help
 
 
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.write_bytes(b"")])
+def test_no_metrics_can_be_read(two, tmp_path, damage):
+    """Nothing is moved: without a step it would look as if nothing had ever been saved."""
+    folder = shutil.copytree(two, tmp_path / "two")
+    for step in ("1", "2"):
+        damage(folder / step / "metrics" / "metrics")
+    with pytest.raises(OSError, match=r"(?s)two: no checkpoint is whole:.*2: its metrics: .*1: its metrics: "):
+        checkpoint.open_manager(folder, best="accuracy")
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_what_was_never_written_in_full_is_no_damage(two, tmp_path):
+    folder = shutil.copytree(two, tmp_path / "two")
+    shutil.rmtree(folder / "1")
+    truncate(folder / "2" / "metrics" / "metrics")
+    (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")  # as a process that was killed may leave it
+    manager = checkpoint.open_manager(folder, best="accuracy")
+    assert checkpoint.restore(manager, RANDOM) is None
+    manager.close()
+    assert not (folder / "damaged").exists()
+
+
 def test_another_structure_is_no_damage(manager):
     save(manager, 1, {"x": jnp.zeros(2), "old": 1, "number": 2.0})
     expected = (
