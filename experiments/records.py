@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Container, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import jax
 import numpy as np
@@ -86,15 +86,21 @@ def inspect(folder: pathlib.Path, config: Any, *, resume: bool, accept: bool, fr
     if changes and not accept:
         said = ", ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in changes.items())
         raise ValueError(f"{folder}: begun with other options: {said}; give those, or --accept-changes to go on")
+    return {"changes": changes, **_ended(folder / RESULT)}
+
+
+def _ended(file: pathlib.Path) -> dict[str, Any]:
+    """The step and the result that result.json holds; 0 and None where there is none."""
+    advice = "remove it to go on from the last checkpoint"
     try:
-        ended = json.loads((folder / RESULT).read_text())
+        ended = json.loads(file.read_text())
     except FileNotFoundError:
-        ended = {"step": 0, "result": None}
+        return {"step": 0, "result": None}
     except ValueError as error:
-        raise ValueError(
-            f"{folder / RESULT}: is not JSON ({error}); remove it to go on from the last checkpoint"
-        ) from error
-    return {"changes": changes, **ended}
+        raise ValueError(f"{file}: is not JSON ({error}); {advice}") from error
+    if not _is_entry(ended) or not isinstance(ended.get("result"), dict):
+        raise ValueError(f"{file}: is {str(ended)[:100]}; expected a step and a result by names; {advice}")
+    return {"step": ended["step"], "result": ended["result"]}
 
 
 def described(config: Any) -> dict[str, Any]:
@@ -163,11 +169,19 @@ def left(folder: pathlib.Path) -> str:
 
 
 def _logged(folder: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of metrics.jsonl, as bytes and as JSON."""
+    """The whole lines of metrics.jsonl, as bytes and as JSON; others, after a full disk, say, are left out."""
     file = folder / LINES
     for line in file.read_bytes().split(b"\n")[:-1] if file.exists() else []:
-        with contextlib.suppress(ValueError):  # after a full disk, say
-            yield line, json.loads(line)
+        entry = None
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+        if _is_entry(entry):
+            yield line, entry
+
+
+def _is_entry(found: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether what was read is of a step."""
+    return isinstance(found, dict) and type(found.get("step")) is int
 
 
 def cleared(folder: pathlib.Path) -> pathlib.Path:

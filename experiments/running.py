@@ -164,7 +164,10 @@ class Run:
         if self._writes:
             records.begin(self.folder, self._config, step=self.step, changes=self._changes)
             self._lines = (self.folder / records.LINES).open("a")
-            self._board = SummaryWriter(str(self.folder), purge_step=self.step + 1 if self.step else None)
+            earlier = any(self.folder.glob("events.out.tfevents.*"))  # of which TensorBoard is to hide what came later
+            self._board = SummaryWriter(
+                str(self.folder), purge_step=(self.step + 1 if self.step else 0) if earlier else None
+            )
         self._bar = tqdm(total=self._total, initial=self.step, disable=not self._writes, dynamic_ncols=True)
 
     def resume(self, everything: Mapping[str, Any], *, unsaved: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -278,6 +281,9 @@ class Run:
     def save(self, step: int, everything: Mapping[str, Any]) -> None:
         """Saves what makes the step after `step`, when it is due; to be called after `log`, once for each step.
 
+        Warns:
+          RuntimeWarning: when the metric of `keep_best` is logged at no checkpoint's step, so that none is kept for it.
+
         Raises:
           SystemExit: with code 75 when a signal asked the run to end, or that of `end`; what is given is saved by then.
           OSError: when a checkpoint could not be written; the ones before it stay.
@@ -310,8 +316,9 @@ class Run:
             os.fsync(self._lines.fileno())  # no line before the checkpoint is lost, should the machine go down
         points = self.history.get(name := self._options["keep_best"], [])
         best = {name: points[-1][1]} if points and points[-1][0] == step else {}
-        if (unmeasured := self._saves.unmeasured(step, self.history)) and self._ending is None:
-            warnings.warn(unmeasured, stacklevel=3)
+        unmeasured = self._saves.unmeasured(step, self.history)
+        if unmeasured and self._ending is None and self._writes:
+            warnings.warn(unmeasured, RuntimeWarning, stacklevel=3)
         about = {"config": records.described(self._config), "unsaved": self._unsaved}
         with self._explained(step):
             checkpoint.save(self._checkpoints(), step, everything, about=about, metrics=best)

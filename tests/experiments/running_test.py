@@ -20,6 +20,7 @@ import pytest
 import records
 import running
 import watch
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from alignax import train
 from alignax.data.batching import Position
@@ -210,6 +211,18 @@ def test_a_signal_saves_and_ends_the_run(whole, tmp_path, number, capfd):
     assert work(config) == whole[1] and files(config.output) == files(whole[0].output)
 
 
+def starts(folder):
+    """From which steps on the newest TensorBoard file hides what those before it hold; see its records' format."""
+    content = max(folder.glob("events.out.tfevents.*")).read_bytes()
+    found = []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])  # a checksum before and one after
+        content = content[16 + size :]
+        found += [event.step] if event.session_log.status == SessionLog.START else []
+    return found
+
+
 @pytest.mark.filterwarnings("ignore:step 2. not finite")
 def test_a_second_interrupt_ends_the_run_at_once(whole, tmp_path):
     def twice(step, _):
@@ -219,11 +232,12 @@ def test_a_second_interrupt_ends_the_run_at_once(whole, tmp_path):
     config = again(whole, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         work(config, at=twice)
-    assert not (config.output / "checkpoints").exists()
+    assert not (config.output / "checkpoints").exists() and starts(config.output) == []
     said = r"run: NOTHING TO GO ON FROM: .* no checkpoint, metrics\.jsonl ends with step 0; begins at step 0 again"
     with pytest.warns(RuntimeWarning, match=said), pytest.raises(Killed):
         work(config, fail=1)
-    (config.output / "metrics.jsonl").write_text('{"ste')
+    assert starts(config.output) == [0]  # what the lives before logged is not drawn beside what this one does
+    (config.output / "metrics.jsonl").write_text('null\n[]\n{"step": null}\n{"ste')
     with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl is empty; begins"), pytest.raises(Killed):
         work(config, fail=1)
 
@@ -295,6 +309,9 @@ def test_options_that_mean_nothing_are_refused_at_once(tmp_path, options, messag
         ("config.json", '{"config": {}, "script": "sft.py"}', r"begun by sft\.py, this is running_test\.py"),
         ("config.json", '{"config": 3}', "no output folder of a run, config.json cannot be read"),
         ("result.json", "", r"result\.json: is not JSON .*remove it"),
+        ("result.json", "[]", r"result\.json: is \[\]; expected a step and a result by names; remove it"),
+        ("result.json", '{"step": null, "result": {}}', r"result\.json: is .*None.*; expected a step"),
+        ("result.json", '{"step": 6}', r"result\.json: is .*6.*; expected a step and a result"),
     ],
 )
 def test_damaged_records_are_named(whole, tmp_path, name, content, message):
@@ -360,7 +377,7 @@ def test_the_best_is_kept(whole, tmp_path):
     best = min(history, key=lambda line: line["loss"])["step"]
     kept = sorted(path.name for path in (config.output / "checkpoints").iterdir())
     assert kept == sorted({str(best), "6"})
-    with pytest.warns(UserWarning, match="keep_best='nothing': not logged so far"):
+    with pytest.warns(RuntimeWarning, match="keep_best='nothing': not logged so far"):
         work(dataclasses.replace(config, output=tmp_path / "other", keep_best="nothing"))
 
 
@@ -383,9 +400,31 @@ def test_the_best_evaluation_is_kept_though_no_checkpoint_is_due(tmp_path):
 
     assert run("one", {0: 0.1, 4: 0.7, 8: 0.9}, evaluate_every=4) == ["11", "4"]  # worse than at the start
     assert run("two", {0: 0.9, 4: 0.7, 8: 0.5}, evaluate_every=4) == ["11", "8"]
-    said = r"held_out/loss.*logged at the steps \[0, 4, 8\], ..., and a checkpoint every 3: there is none"
-    with pytest.warns(UserWarning, match=said):
+    said = r"held_out/loss.*logged at the steps .*0, 4, 8.*, and a checkpoint every 3: there is none"
+    with pytest.warns(RuntimeWarning, match=said):
         assert run("three", {0: 0.9, 4: 0.7, 8: 0.5}) == ["11"]
+
+
+def test_one_process_says_that_there_is_no_best(tmp_path, monkeypatch):
+    monkeypatch.setattr(running.checkpoint, "save", lambda *_, **__: None)
+    monkeypatch.setattr(running.Run, "_checkpoints", lambda _: None)
+    run = running.Run(Config(tmp_path / "run", checkpoint_every=1, keep_best="nothing"), total=1)
+    run._writes = False  # as on the second process; a warning would be an error
+    run.save(1, {})
+
+
+def test_checkpoints_whose_metrics_are_lost_do_not_make_a_new_run(tmp_path):
+    config = Config(tmp_path / "run", resume="auto", checkpoint_every=1, keep_best="loss")
+    with running.Run(config, total=2) as run:
+        run.resume({"x": np.zeros(2)})
+        run.log(1, {"loss": 0.5})
+        run.save(1, {"x": np.ones(2)})
+    (config.output / "checkpoints" / "1" / "metrics" / "metrics").write_text("")
+    before = (config.output / "metrics.jsonl").read_bytes()
+    with pytest.raises(OSError, match="no checkpoint is whole"), running.Run(config, total=2) as run:
+        run.resume({"x": np.zeros(2)})
+    assert (config.output / "metrics.jsonl").read_bytes() == before != b""
+    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["1"]
 
 
 def test_train_states_make_room_for_a_checkpoint(tmp_path):
