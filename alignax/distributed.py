@@ -44,8 +44,8 @@ def initialise(
       process: the number of this one, from 0.
       heartbeat_seconds: after so long a silence a process counts as dead, and JAX ends all others (by SIGABRT).
       wait_seconds: how long to wait for the others at the start.
-      shutdown_seconds: how long at the end, also after an error, which the others learn of only when this is over. A
-        process that is done must not wait in vain for one that still writes: it would fail.
+      shutdown_seconds: how long at the end, also after an error of one process: then it and all others are ended (by
+        SIGABRT). A process that is done must not wait in vain for one that still writes: it would fail.
 
     Raises:
       ValueError: for arguments that are wrong, or of which some are missing.

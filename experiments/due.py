@@ -27,9 +27,15 @@ class Due(NamedTuple):
         """Whether `best` was evaluated at this step, and is better than ever since step 0, which saves nothing."""
         if not self.best or not self.evaluations or step % self.evaluations:
             return False
-        *before, last = [point for point in history.get(self.best, []) if point[0]] or [(0, 0.0)]
+        # of those between, when it is logged at every step, none was saved
+        known = {at: value for at, value in history.get(self.best, []) if at and self._may_be_kept(at)}
+        if step not in known:
+            return False
         better = operator.lt if checkpoint.less_is_better(self.best) else operator.gt
-        return last[0] == step and all(better(last[1], value) for _, value in before)
+        return all(better(known[step], value) for at, value in known.items() if at != step)
+
+    def _may_be_kept(self, step: int) -> bool:
+        return any(step % every == 0 for every in (self.every, self.evaluations) if every)
 
     def unmeasured(self, step: int, history: History) -> str:
         """What is to be said when `best` keeps nothing, not logged at all or at no checkpoint's step; "" otherwise."""
@@ -38,10 +44,10 @@ class Due(NamedTuple):
             return ""
         if not logged:
             return f"keep_best={self.best!r}: not logged so far; expected one of {sorted(history)}"
-        steps = [n for n in (self.every, self.evaluations) if n]
-        if step < self.total or any(at and at % n == 0 for at in logged for n in steps):
+        if step < self.total or any(at and self._may_be_kept(at) for at in logged):
             return ""
+        steps = ", ".join(map(str, logged[:4])) + ", ..." * (len(logged) > 4)
         return (
-            f"keep_best={self.best!r}: logged at the steps {logged[:4]}, ..., and a checkpoint every {self.every}: "
-            "there is none of them to keep"
+            f"keep_best={self.best!r}: logged at the steps {steps}, and a checkpoint every {self.every}: there is none "
+            "of them to keep"
         )

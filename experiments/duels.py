@@ -30,7 +30,7 @@ def in_rows(samples: sampling.Samples) -> sampling.Samples:
 
 @jax.jit
 def chosen(samples: Any, which: Any) -> Any:
-    """Of leaves [B, N, ...] those of the players `which` [B, K], as [B, K, ...]."""
+    """Of leaves [B, N, T] those of the players `which` [B, K], as [B, K, T]."""
     at = jnp.asarray(which)[:, :, None]
     return jax.tree.map(lambda x: sharding.constrain(jnp.take_along_axis(x, at, axis=1), sharding.ROW_AXES), samples)
 

@@ -190,12 +190,17 @@ def make_record(config: Config, loaded: hf.Loaded, players: Sequence[str]) -> Ca
         rates = rewards.mean_win_rates(jnp.asarray(verdict.preferences), include_self=False)
         texts = [text for row in verdict.completions for text in row]
         about = {"row_ids": (np.arange(len(rates))[:, None] * counts + own).ravel(), "player": [*players] * len(rates)}
-        rollouts.save(
-            config, loaded, step, asked, duels.in_rows(samples), common.to_host(rates).ravel(), {}, texts, **about
-        )
+        if config.save_rollouts:
+            rows, rewarded = duels.in_rows(samples), common.to_host(rates).ravel()
+            rollouts.save(config, loaded, step, asked, rows, rewarded, {}, texts, **about)
         return rollouts.parity_metrics(compare(policies[players[0]], duels.of_first(samples))) if step == 1 else {}
 
     return record
+
+
+def rows_behind(asked: dict, samples: sampling.Samples, verdict: duels.Verdict) -> suspects.Rows:
+    """The rows that `watch` names, when it has something to say."""
+    return suspects.of_players(asked, duels.in_rows(samples), verdict)
 
 
 def make_loss(config: Config, model: Model) -> LossFn:
@@ -331,7 +336,7 @@ def main(config: Config, mesh: jax.sharding.Mesh) -> dict[str, float]:
             if step % config.evaluate_every == 0 or step == config.steps:
                 result, completions = evaluate(state.params)
                 metrics |= result
-            run.log(step, metrics, partial(suspects.of_players, asked, duels.in_rows(samples), verdict))
+            run.log(step, metrics, partial(rows_behind, asked, samples, verdict))
             run.save(step, everything())
         common.print_samples("after", questions["prompts"][:4], completions[:4])
         hf.save(records.cleared(config.output / "model"), loaded.model, state.params, loaded.tokenizer)

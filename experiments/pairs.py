@@ -53,9 +53,9 @@ def pair(work: trials.Work, case: str, name: str, **options: Any) -> list[Life]:
 def together(work: trials.Work, case: str) -> str:
     """Two processes leave, byte for byte, what one with two devices leaves, and close to it what a single device does.
 
-    Close is: the same tokens were sampled, metrics agree to 1e-4 of each and 1e-5, and the models to 1e-4 of how far
-    they moved from the start, as norms over all parameters. Not entry by entry, since AdamW divides a gradient by its
-    own size: where that is nothing but rounding, a parameter may go the other way, by as much as any.
+    Close is: where rollouts are saved, the same tokens were sampled; metrics agree to 1e-4 of each and 1e-5, and models
+    to 1e-4 of how far they moved from the start, as norms over all parameters. Not entry by entry, since AdamW divides
+    a gradient by its own size: where that is nothing but rounding, a parameter may go the other way, by as much as any.
     """
     lives = pair(work, case, "together", **FEW)
     for life in lives:
@@ -70,7 +70,8 @@ def together(work: trials.Work, case: str) -> str:
             assert not found, f"{several} differs from the run of one process with two devices in {found}"
         else:
             said = [apart_in_metrics(job.output, several), *apart_in_models(work, job.output, several)]
-            for left, right in zip(*(sorted(path.glob("rollouts/*.parquet")) for path in (job.output, several))):
+            rollouts = [sorted(path.glob("rollouts/*.parquet")) for path in (job.output, several)]
+            for left, right in zip(*rollouts, strict=True):
                 found = data.rollouts.read(left).tokens, data.rollouts.read(right).tokens
                 assert np.array_equal(*found), f"{right}: other tokens than of one device"
     return f"as one process with two devices; one device: {', '.join(said)}"
@@ -92,6 +93,7 @@ def apart_in_metrics(left: pathlib.Path, right: pathlib.Path) -> str:
 def apart_in_models(work: trials.Work, left: pathlib.Path, right: pathlib.Path) -> Iterator[str]:
     """How far each saved model of two runs is apart, of how far it moved; more than `together` grants is an error."""
     start = load_file(work.folder / "inputs" / "model" / "model.safetensors")
+    assert (left / "model" / "model.safetensors").exists(), f"{left}: no model"
     for path in sorted(left.glob("*/*.safetensors")):
         models = load_file(path), load_file(right / path.relative_to(left))
         moved = math.hypot(*(np.linalg.norm(x - start[name]) for name, x in models[0].items() if name in start))

@@ -20,9 +20,8 @@ class Sign(NamedTuple):
     why: str  # and what to do
     about: tuple[str, bool]  # a number of `suspects.Rows`, and whether the largest stand out
     below: bool = False  # crossed from above
-    values: Callable[[History, str, int, float], Points] | None = (
-        None  # (history, name, window, since); None: as logged
-    )
+    # (history, name, window, since) -> points; None: as logged
+    values: Callable[[History, str, int, float], Points] | None = None
 
 
 def length_metrics(lengths: np.ndarray, rewards: np.ndarray, group: int = 1) -> dict[str, float]:

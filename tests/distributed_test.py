@@ -46,7 +46,7 @@ RUNS = [(name, how) for name in PROBLEMS for how in HOW]
 RUNS += [("sft", "data_8"), ("dpo", "data_8")]
 # with the transformer; packed two rows to a bundle; with a prompt in common, which is another batch
 RUNS += [("kto of a transformer", how) for how in ("one", "data_4_tensor_2", "packed_mesh")]
-RUNS += [("ppo_shared of a transformer", how) for how in ("one", "packed_pmap")]
+RUNS += [("ppo_shared of a transformer", how) for how in ("one", "packed_mesh")]
 RUNS += [("grpo of a transformer", how) for how in ("common", "common_mesh", "common_pmap")]
 RUNS += [("lora", "one"), ("lora", "packed_mesh"), ("lora", "pmap")]
 AMBIENT = ("dpo", "dapo", "kto", "grpo of a transformer", "kto of a transformer")  # on their meshes by `jax.set_mesh`
@@ -173,7 +173,6 @@ def main(out):
             "data_4_tensor_2": {"run": on_mesh(data=4, tensor=2, ambient=name in AMBIENT), "microbatches": 2},
             "pmap": {"run": mapped(), "microbatches": 2, "axis_name": "device"},
             "packed_mesh": {"run": on_mesh(data=4, tensor=2, ambient=name in AMBIENT), "microbatches": 2},
-            "packed_pmap": {"run": mapped(), "axis_name": "device"},
             "common": {},
             "common_mesh": {"run": on_mesh(data=4, tensor=2, ambient=True), "microbatches": 2},
             "common_pmap": {"run": mapped(), "axis_name": "device"},

@@ -52,12 +52,8 @@ def small() -> tuple[Model, Params]:
     shapes = {"embed": {"embedding": (VOCAB, 16)}, "up": {"kernel": (1, 16, 24)}, "down": {"kernel": (1, 24, 16)}}
     shapes |= {"head": {"kernel": (16, VOCAB)}}
     normal = np.random.default_rng(0).normal
-    params = jax.tree.map(
-        lambda x: (0.3 * normal(size=x)).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
-    )
-    return models.from_apply(body, head=lambda params, x: x @ params["head"]["kernel"]), jax.tree.map(
-        jnp.asarray, params
-    )
+    params = jax.tree.map(lambda x: jnp.float32(0.3 * normal(size=x)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return models.from_apply(body, head=lambda params, x: x @ params["head"]["kernel"]), params
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import types
 from functools import partial
 
 import jax
@@ -30,10 +31,16 @@ LOOPS = {"grpo": small, "grpo of a transformer": tiny}
 # By the number of processes: (problem, axes of the mesh).
 MESHES = {
     2: [("sft", {"fsdp": 4}), ("sft", {}), ("dpo", {"fsdp": 4}), ("grpo of a transformer", {"fsdp": 2, "tensor": 2})],
-    4: [("sft", {"fsdp": 4}), ("dpo", {"data": 2, "tensor": 2}), ("grpo", {"data": 4})],
+    4: [("sft", {"fsdp": 4}), ("dpo of a transformer", {"data": 2, "tensor": 2}), ("grpo", {"data": 4})],
 }
 # The process that ends, how the others are met, and how it ends.
 LOST = {"a worker": (1, "computes", -9), "the coordinator": (0, "sleeps", -9), "an error": (0, "fails", 1)}
+
+
+def problem_of(name):
+    """A problem, of the smallest network unless its name says otherwise."""
+    name, transformer, _ = name.partition(" of a transformer")
+    return problems(tiny if transformer else small)[name]
 
 
 def title(name, axes):
@@ -57,7 +64,7 @@ def on_mesh(mesh):
         compiled[:] = compiled or [jax.jit(update)]
         with jax.set_mesh(mesh):
             state, metrics = compiled[0](place(state), sharding.shard_batch(batch, mesh), place(frozen), hyper)
-        kernel = state.params["up"]["kernel"]
+        kernel = (state.params["layers"]["attn"]["q"] if "layers" in state.params else state.params["up"])["kernel"]
         assert not kernel.is_fully_addressable
         assert kernel.addressable_data(0).size * mesh.size // mesh.shape.get("data", 1) == kernel.size
         trees = distributed.to_host((state.params, state.opt_state, metrics))
@@ -138,6 +145,43 @@ def exchange():
     }
 
 
+class Letters:
+    """As much of a tokenizer as decoding needs: 0 is a, and so on."""
+
+    all_special_ids = ()
+
+    def decode(self, ids, **_):
+        return "".join(chr(97 + int(i) % 26) for i in ids)
+
+
+def judged(mesh=None):
+    """Pairs of completions of prompts that processes share, by a preference function; without a mesh by one process."""
+    import duels
+
+    rng, shape = np.random.default_rng(5), (8, 2, 7)
+    tokens, mask = (
+        rng.integers(0, 26, shape).astype(np.int32),
+        np.arange(7) >= np.array([3, 4]).repeat(4)[:, None, None],
+    )
+    mask, cut = np.broadcast_to(mask, shape), rng.random(shape[:2]) < 0.5
+    samples = sampling.Samples(tokens, 1 + 0 * tokens, mask, 0.0 * tokens, mask.sum(-1), cut, 0.0 * tokens)
+    samples = samples if mesh is None else sharding.shard_batch(samples, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "mine.py"
+        file.write_text(
+            "def first(prompts, first, second, **_):\n"
+            "    return [0.5 + 0.05 * (1 + int(p)) * ((a < b) - (a > b)) for p, a, b in zip(prompts, first, second)]\n"
+        )
+        config = types.SimpleNamespace(prefer=f"{file}:first", reward="", missing_eos_penalty=1.0)
+        judge = duels.make_judge(config, types.SimpleNamespace(tokenizer=Letters(), eos_ids=()))
+        asked = {"prompts": [str(i) for i in range(8)], "columns": [{} for _ in range(8)]}
+        verdict = judge(asked, samples)
+    assert len(verdict.completions) == (8 if mesh is None else 8 // jax.process_count())
+    said = duels.describe(samples, verdict, np.arange(8) != 3)
+    batch = jax.tree.map(distributed.to_host, duels.chosen((samples.tokens,), np.array([[1, 0]] * 8)))
+    return {"preferences": verdict.preferences, "tokens": batch[0]} | {n: np.asarray(x) for n, x in said.items()}
+
+
 def compute(address, count, number, out):
     """All runs of so many processes; the first one saves what came out."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -147,13 +191,15 @@ def compute(address, count, number, out):
         if name in LOOPS:
             result = loop(name, make_mesh(axes))
         elif axes:
-            result = three_updates(problems(small)[name], run=on_mesh(make_mesh(axes)))
+            result = three_updates(problem_of(name), run=on_mesh(make_mesh(axes)))
         else:
-            result = three_updates(problems(small)[name], run=mapped(), axis_name="device")
+            result = three_updates(problem_of(name), run=mapped(), axis_name="device")
         for path, leaf in jax.tree_util.tree_leaves_with_path(result):
             arrays[title(name, axes) + jax.tree_util.keystr(path)] = leaf
+    arrays |= {f"judged/{name}": array for name, array in judged(make_mesh({"data": 4})).items()}
     if distributed.is_first():
         np.savez(out, **arrays)
+    jax.distributed.shutdown()  # which a process that was forked would not come to: all wait for the last
 
 
 def lose(address, count, number, victim, how):
@@ -185,7 +231,9 @@ def start(folder, work, count, *args):
         address = f"localhost:{probe.getsockname()[1]}"
     fork = multiprocessing.get_context("fork")  # of a process in which JAX has not asked for devices yet
     said = [pathlib.Path(tempfile.mkdtemp(dir=folder)) for _ in range(count)]
-    found = [fork.Process(target=live, args=(said[i], work, address, count, i, *args)) for i in range(count)]
+    found = [
+        fork.Process(target=live, args=(said[i], work, address, count, i, *args), daemon=True) for i in range(count)
+    ]
     for process in found:
         process.start()
     return list(zip(found, said))

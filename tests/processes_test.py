@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 from filelock import FileLock
-from problems import Result, assert_same, problems, small, three_updates
-from processes_script import LOOPS, LOST, MESHES, loop, title
+from problems import Result, assert_same, three_updates
+from processes_script import LOOPS, LOST, MESHES, judged, loop, problem_of, title
 
 from alignax import distributed, sharding
 
@@ -33,7 +33,7 @@ def outcome(devices, *args):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
     command = [sys.executable, ROOT / "tests" / "processes_script.py", *args]
-    done = subprocess.run([str(x) for x in command], env=env, capture_output=True, text=True)
+    done = subprocess.run([str(x) for x in command], env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -53,7 +53,7 @@ def saved(request, tmp_path_factory):
 @functools.cache
 def alone(name):
     """The result of plain code on one device, in this process."""
-    return loop(name) if name in LOOPS else three_updates(problems(small)[name])
+    return loop(name) if name in LOOPS else three_updates(problem_of(name))
 
 
 def test_processes_equal_one_device(saved):
@@ -76,6 +76,12 @@ def test_each_row_is_looked_after_by_one_process(saved):
     assert np.bincount(arrays["exchange/owners"]).tolist() == {2: [6, 6], 4: [6, 0, 0, 6]}[count]
     np.testing.assert_array_equal(arrays["exchange/own"][:, 0], np.repeat(np.arange(count), 4))
     assert arrays["exchange/anywhere"].tolist() == [True, False]
+
+
+def test_processes_judge_the_pairs_of_their_own_prompts(saved):
+    _, arrays = saved
+    for name, expected in judged().items():
+        np.testing.assert_allclose(arrays[f"judged/{name}"], expected, rtol=1e-6, err_msg=name)
 
 
 def test_a_lost_peer_ends_the_others_within_a_minute():

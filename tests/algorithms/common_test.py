@@ -30,7 +30,7 @@ def problem(request):
 
 @pytest.fixture(scope="module")
 def plain(problem):
-    """An update of the batch as it is, its logits materialised: what everything else has to equal."""
+    """An update of the batch as it is, logits materialised where it reads them: what everything else has to equal."""
 
     def materialised(measure, sides, arrays, chosen, *, chunk=None):
         del chunk

@@ -110,7 +110,7 @@ def test_each_practice_is_left_out_by_its_own_setting(monkeypatch, tmp_path):
     assert whole["whiten_advantages"] and not without[0]["whiten_advantages"] and without[2]["ema_rate"] == 0
 
 
-def test_the_study_runs_whole(tiny_folder, tmp_path, capsys, monkeypatch):
+def test_the_study_runs_but_for_its_ablations(tiny_folder, tmp_path, capsys, monkeypatch):
     # a random model of bytes writes no words: pairs need another rule (GRPO loads the script's own, and scores 0)
     by_length = lambda prompts, endings, **_: [len(text) / 100 for text in endings]  # noqa: E731
     monkeypatch.setattr(happy_endings, "happy_ending", by_length)
