@@ -366,7 +366,7 @@ def _check_metrics(folder: pathlib.Path) -> None:
         wrong = {step: error for step in steps if (error := _wrong_metrics(folder / str(step)))}
         none = bool(wrong) and len(wrong) == len(steps)
     if jax.process_count() > 1:
-        none = bool(multihost_utils.broadcast_one_to_all(np.array(none)))
+        none = bool(multihost_utils.broadcast_one_to_all(np.int32(none)))
     if none:
         raise _none_whole(folder, wrong)
     for step, error in wrong.items():
